@@ -1,0 +1,52 @@
+"""The experiment as data. Imports no torch: Snakemake parses it on login nodes."""
+
+from entkd.config.arms import Arm, ResolvedArm
+from entkd.config.experiment import Experiment, Runtime, canonical_json
+from entkd.config.load import load_experiment
+from entkd.config.method import (
+    DIVERGENCE_NAMES,
+    CrossEntropy,
+    Curriculum,
+    Difficulty,
+    Features,
+    Method,
+    Temperature,
+)
+from entkd.config.stages import (
+    Analysis,
+    HubData,
+    JsonData,
+    Signals,
+    Student,
+    Suite,
+    SyntheticData,
+    Task,
+    Teacher,
+    Training,
+)
+
+__all__ = [
+    "DIVERGENCE_NAMES",
+    "Analysis",
+    "Arm",
+    "CrossEntropy",
+    "Curriculum",
+    "Difficulty",
+    "Experiment",
+    "Features",
+    "HubData",
+    "JsonData",
+    "Method",
+    "ResolvedArm",
+    "Runtime",
+    "Signals",
+    "Student",
+    "Suite",
+    "SyntheticData",
+    "Task",
+    "Teacher",
+    "Temperature",
+    "Training",
+    "canonical_json",
+    "load_experiment",
+]

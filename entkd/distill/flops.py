@@ -1,0 +1,44 @@
+"""Analytic floating-point operations of training: matrix products only, a multiply-add counts two."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def trunk_flops_per_token(model: nn.Module, block: int) -> float:
+    """Forward FLOPs of one token through everything but the output projection.
+
+    2 per weight of the decoder layers, and 4·block·width per layer for the attention scores and their use
+    (computed over the whole block, whatever the mask).
+    """
+    config = model.config
+    embeddings = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    embeddings[id(head)] = head.numel()
+    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+    return 2.0 * weights + 4.0 * block * config.hidden_size * config.num_hidden_layers
+
+
+def training_tflops(
+    student: nn.Module, tokens: int, positions: int, block: int, vocab_size: int, teacher_width: int | None
+) -> float:
+    """TFLOPs of a run: forward and backward of the student, and the teacher's output projection.
+
+    Parameters
+    ----------
+    tokens
+        Tokens through the trunk, prompts and padding included.
+    positions
+        Response tokens through the output projections.
+    teacher_width
+        Width of the teacher's hidden states; None where the arm reads no teacher distribution.
+
+    Notes
+    -----
+    The backward pass costs twice the forward. The teacher's own forward passes are shared by all arms; the run
+    record states them apart (``teacher_tokens``).
+    """
+    trunk = 3 * trunk_flops_per_token(student, block) * tokens
+    head = 3 * 2.0 * student.config.hidden_size * vocab_size * positions
+    teacher = 2.0 * (teacher_width or 0) * vocab_size * positions
+    return (trunk + head + teacher) / 1e12

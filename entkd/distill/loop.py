@@ -1,0 +1,275 @@
+"""The training loop: one student, one arm, one seed; read it from top to bottom.
+
+Everything random is drawn from named streams, everything per token is addressed by the token's place in the data,
+and every denominator is counted over the whole optimizer step before its first forward pass. So the result does
+not depend on micro-batches, devices, logging or interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entkd import runtime
+from entkd.checkpoint import ResumeFolder, StopRequest
+from entkd.config import CrossEntropy, Method, Training, canonical_json
+from entkd.curriculum import progress_schedule
+from entkd.data import Corpus
+from entkd.data.packing import collate, plan_steps
+from entkd.distill.distributed import World
+from entkd.distill.evaluate import dev_nll
+from entkd.distill.flops import training_tflops
+from entkd.distill.metrics import Metrics
+from entkd.distill.objective import Objective
+from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
+from entkd.distill.outputs import finished, write_outputs
+from entkd.distill.progress import Progress
+from entkd.distill.targets import TeacherTargets
+from entkd.models import load_model, load_tokenizer
+from entkd.provenance import device_name, file_sha256, git_sha, peak_gib, versions, write_json
+
+
+def distill(
+    method: Method, training: Training, seed: int, student: Path, data: Path, signals: Path | None, output: Path
+) -> None:
+    """Train one student and write ``model/``, ``metrics.jsonl`` and ``run.json`` into ``output``.
+
+    Parameters
+    ----------
+    method, training
+        The resolved arm, and length, batch and optimizer of the run.
+    seed
+        Seed of every named random stream of the run.
+    student
+        Folder of the untrained student.
+    data
+        Folder of the prepared data.
+    signals
+        Manifest of the teacher's signals; None for arms that train on the data alone.
+    output
+        Folder of the run. An interrupted run found here is continued.
+
+    Raises
+    ------
+    UserError
+        If the stored signals lack something that the method needs, or the inputs do not fit together.
+    """
+    settings = {"method": method.model_dump(mode="json"), "training": training.model_dump(mode="json")}
+    identity = _identity(settings, seed, student, data, signals)
+    resume = ResumeFolder(output, identity)
+    world = World.join()
+    with resume.lock() if world.leads else contextlib.nullcontext(), runtime.device_slot() as device:
+        if finished(output, identity):
+            print(f"{output}: already complete, finished by an earlier process", file=sys.stderr, flush=True)
+            world.barrier()
+        else:
+            _train(method, training, seed, student, data, signals, output, resume, world, device, settings)
+        if world.leads:
+            resume.remove()
+
+
+def finetune_teacher(training: Training, teacher: Path, data: Path, output: Path) -> None:
+    """Fine-tune the teacher on the training responses (cross-entropy alone) and write it as a teacher folder."""
+    imported = json.loads((teacher / "manifest.json").read_text(encoding="utf-8"))
+    distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output)
+    weights = file_sha256(output / "model" / "model.safetensors")
+    write_json(output / "manifest.json", imported | {"sha256": weights, "finetuned_from": imported["sha256"]})
+
+
+def _identity(settings: dict[str, Any], seed: int, student: Path, data: Path, signals: Path | None) -> str:
+    """What a resume state belongs to: settings, seed and the content of every input."""
+    parts = {
+        "settings": settings,
+        "seed": seed,
+        "student": file_sha256(student / "model.safetensors"),
+        "data": json.loads((data / "manifest.json").read_text(encoding="utf-8"))["files"],
+        "signals": signals and json.loads(signals.read_text(encoding="utf-8"))["key"],
+    }
+    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+
+def _train(
+    method: Method,
+    training: Training,
+    seed: int,
+    student_folder: Path,
+    data: Path,
+    signals: Path | None,
+    output: Path,
+    resume: ResumeFolder,
+    world: World,
+    device: torch.device,
+    settings: dict[str, Any],
+) -> None:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    began = time.monotonic()
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    vocab_size, pad_id = manifest["vocab_size"], manifest["eos_token_id"]
+    dtype = runtime.resolve_dtype(training.precision, device)
+
+    # ── data, teacher, student ────────────────────────────────────────────────────────────────────────────────
+    corpus, dev = Corpus.open(data, "train"), Corpus.open(data, "dev")
+    targets = TeacherTargets(method, signals, corpus, seed)
+    head_UE = targets.store.head_UE if targets.store is not None and method.divergence is not None else None
+    student = load_model(student_folder).to(device).train()
+    objective = Objective(
+        student,
+        method,
+        vocab_size,
+        teacher_head_UE=head_UE,
+        teacher_width=targets.store.width if targets.store is not None else None,
+        generator=runtime.torch_stream(seed, "projectors"),
+    ).to(device)
+    projectors = objective.projectors
+    module = world.wrap(objective)
+
+    # ── schedule: known as a whole before the first step ──────────────────────────────────────────────────────
+    steps = plan_steps(corpus, training, seed)
+    rates = learning_rates(training, len(steps))
+    progress = progress_schedule(rates, method.curriculum.progress if method.curriculum is not None else "lr")
+    optimizer = build_optimizer(
+        student, projectors, training, method.features.projector_lr if method.features is not None else None
+    )
+
+    # ── where an interrupted run stopped ──────────────────────────────────────────────────────────────────────
+    torch.manual_seed(runtime.stream_seed(seed, "dropout"))
+    metrics = Metrics()
+    first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
+    best_nll, best_step = math.inf, 0
+    state = resume.load()
+    if state is not None:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        metrics.rows = json.loads(state["metrics"])
+        first, seconds_before, resumed = state["step"], state["seconds"], state["resumed"] + 1
+        best_nll, best_step = state["best_nll"], state["best_step"]
+        threads = sorted({*state["threads"], *threads})
+        print(f"{output}: continuing after step {first} of {len(steps)}", file=sys.stderr, flush=True)
+        del state
+
+    def save(step: int) -> None:
+        metrics.flush()
+        resume.save(
+            {
+                "step": step,
+                "objective": objective.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                "metrics": json.dumps(metrics.rows),
+                "seconds": seconds_before + time.monotonic() - began,
+                "resumed": resumed,
+                "threads": threads,
+                "best_nll": best_nll,
+                "best_step": best_step,
+            }
+        )
+        resume.prune_best(best_step)
+
+    # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
+    tokens = positions = 0
+    saved_at = time.monotonic()
+    with StopRequest() as request, Progress(output.name, len(steps), first, training.log_every, world.leads) as bar:
+        for step, blocks in enumerate(steps, start=1):
+            micros = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
+            batches = [collate(corpus, micro, training.block, pad_id) for micro in micros]
+            if step <= first:  # counted, not computed: totals of a continued run are those of a whole one
+                tokens += sum(batch.input_ids_BL.numel() for batch in batches)
+                positions += sum(len(batch.tokens_N) for batch in batches)
+                continue
+            targets_of_step = targets.step(batches, progress[step - 1])
+            tokens, positions = tokens + targets_of_step.tokens, positions + targets_of_step.positions
+            set_learning_rate(optimizer, rates[step - 1], training)
+            optimizer.zero_grad(set_to_none=True)
+            terms: dict[str, torch.Tensor] = {}
+            for micro_batch in world.share(targets_of_step.micro_batches):
+                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    losses = module(micro_batch.to(device), targets_of_step.positions, targets_of_step.hard)
+                # Each micro-batch carries the global denominators, so gradients simply add up; DDP averages over
+                # the processes, which the factor undoes.
+                (losses["loss"] * world.size).backward()
+                for name, value in losses.items():
+                    terms[name] = terms[name] + value.detach() if name in terms else value.detach()
+            norm = clip_gradients(student, projectors, training.clip)
+            optimizer.step()
+            metrics.add(
+                {
+                    "step": step,
+                    "tokens": tokens,
+                    "positions": positions,
+                    "lr": rates[step - 1],
+                    "progress": progress[step - 1],
+                    **targets_of_step.means,
+                },
+                terms | {"grad_norm": norm},
+                seconds_before + time.monotonic() - began,
+            )
+            if step % training.eval_every == 0 or step == len(steps):
+                nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+                metrics.flush()
+                metrics.rows.append({"step": step, "dev_nll": nll})
+                if training.checkpoint == "best" and nll < best_nll:
+                    best_nll, best_step = nll, step
+                    if world.leads:
+                        resume.save_best(student, step)
+            if step % training.log_every == 0 or step == len(steps):
+                metrics.flush()
+                bar.advance(**metrics.latest("loss", "dev_nll"))
+            else:
+                bar.advance()
+            # Several processes agree by a collective, which costs a sync: they ask each other less often.
+            if step == len(steps) or (world.size > 1 and step % training.log_every):
+                continue
+            due = time.monotonic() - saved_at > 60 * training.save_minutes
+            if world.any(due or request.save):
+                if world.leads:
+                    save(step)
+                world.barrier()
+                saved_at, request.save = time.monotonic(), False
+                if world.any(request.stop):
+                    sys.exit(143)  # 128 + SIGTERM: the job did not finish, its state is kept
+
+    # ── outputs, last ─────────────────────────────────────────────────────────────────────────────────────────
+    runtime.synchronize(device)
+    if world.leads:
+        metrics.flush()
+        seconds = seconds_before + time.monotonic() - began
+        if training.checkpoint == "best":
+            resume.load_best(student, best_step)
+        teacher_width = targets.store.width if targets.store is not None and method.divergence is not None else None
+        record = {
+            "arm": settings,
+            "identity": resume.identity,
+            "seed": seed,
+            "git_sha": git_sha(),
+            "versions": versions(),
+            "device": device_name(device),
+            "processes": world.size,
+            "threads": threads,
+            "precision": str(dtype).removeprefix("torch."),
+            "steps": len(steps),
+            "best_step": best_step or len(steps),
+            "tokens": tokens,
+            "positions": positions,
+            "seconds": round(seconds, 3),
+            "peak_gib": round(peak_gib(device), 3),
+            "tflops": training_tflops(student, tokens, positions, training.block, vocab_size, teacher_width),
+            "teacher_tokens": targets.store.teacher_tokens if targets.store is not None else 0,
+            "resumed": resumed,
+            "started": started,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_outputs(output, student, load_tokenizer(student_folder), training.save_dtype, metrics.rows, record)
+    world.barrier()

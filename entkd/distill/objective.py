@@ -1,0 +1,159 @@
+"""Student and loss in one module, so that the hooks of DDP and FSDP, which sit on its forward, see every parameter.
+
+L = a_kd (1/N) Σ_i w_i s(T_i) D_i + a_ce (1/N) Σ_i CE_i + λ L_feat, each term present or absent, with N and |H|
+counted over the global batch of an optimizer step: all devices, all micro-batches (docs/method.md, section 5).
+
+Shapes: B blocks, L tokens in a block, N response tokens, H hard tokens, D student width, E teacher width,
+V student rows of the output projection, U teacher rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from entkd.config import Method
+from entkd.data.packing import Batch
+from entkd.features import Projectors, feature_loss
+from entkd.fused import linear_cross_entropy, linear_divergence
+from entkd.models import layer_points, output_weight, trunk_forward
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: tokens, and what the teacher and the components say of them."""
+
+    batch: Batch
+    teacher_hidden_NE: Tensor | None = None
+    """Last hidden state of the teacher; None where no divergence is trained."""
+    weight_N: Tensor | None = None
+    """Curriculum weights, normalised over the global batch; None is 1."""
+    temperature_N: Tensor | None = None
+    """Temperatures; None is 1."""
+    hard_H: Tensor | None = None
+    """Indices into N of the tokens with a feature loss; None where there is none."""
+    teacher_features: tuple[Tensor, ...] = ()
+    """(H, E) hidden states of the teacher, one for each layer pair."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return MicroBatch(
+            self.batch.to(device),
+            moved(self.teacher_hidden_NE),
+            moved(self.weight_N),
+            moved(self.temperature_N),
+            moved(self.hard_H),
+            tuple(tensor.to(device, non_blocking=True) for tensor in self.teacher_features),
+        )
+
+
+class Objective(nn.Module):
+    """The student, the projectors and the total loss of one method.
+
+    Parameters
+    ----------
+    student
+        A causal language model; trained.
+    method
+        What to train.
+    vocab_size
+        Rows of both output projections that are tokens; padded rows beyond are ignored.
+    teacher_head_UE
+        The teacher's output projection; None where no divergence is trained.
+    teacher_width
+        E, needed by the projectors.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        method: Method,
+        vocab_size: int,
+        teacher_head_UE: Tensor | None = None,
+        teacher_width: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.method = method
+        self.vocab_size = vocab_size
+        self.register_buffer("teacher_head_UE", teacher_head_UE, persistent=False)
+        self.student_layers: tuple[int, ...] = ()
+        self.projectors: Projectors | None = None
+        if method.features is not None:
+            config = student.config
+            self.student_layers = layer_points(config.num_hidden_layers, method.features.points)
+            self.projectors = Projectors(
+                config.hidden_size, teacher_width, len(self.student_layers), method.features.projector, generator
+            )
+
+    def forward(self, micro: MicroBatch, positions: int, hard: int) -> dict[str, Tensor]:
+        """Loss of one micro-batch and its terms.
+
+        Parameters
+        ----------
+        micro
+            The micro-batch.
+        positions, hard
+            N and |H| of the global batch; zero counts as one.
+
+        Returns
+        -------
+        dict
+            ``loss``, to be summed over micro-batches and devices, and detached ``kd``, ``ce``, ``features``: the
+            unweighted terms, each already divided by its global denominator.
+        """
+        method, batch = self.method, micro.batch
+        hidden_BLD, captured = trunk_forward(
+            self.student, batch.input_ids_BL, batch.position_ids_BL, capture=self.student_layers
+        )
+        # Only response positions meet the output projection: prompts and padding are never projected.
+        hidden_ND = hidden_BLD.flatten(0, 1)[batch.positions_N]
+        weight_VD = output_weight(self.student)
+        terms: dict[str, Tensor] = {}
+        loss = hidden_ND.new_zeros((), dtype=torch.float32)
+        if method.divergence is not None:
+            total = linear_divergence(
+                hidden_ND,
+                weight_VD,
+                micro.teacher_hidden_NE,
+                self.teacher_head_UE,
+                divergence=method.divergence.name,
+                settings=method.divergence.parameters(),
+                temperature_N=micro.temperature_N,
+                weight_N=micro.weight_N,
+                t2=method.temperature.t2 if method.temperature is not None else "per_token",
+                vocab_size=self.vocab_size,
+            )
+            terms["kd"] = total / max(1, positions)
+            loss = loss + method.divergence.weight * terms["kd"]
+        if method.ce is not None:
+            total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
+            terms["ce"] = total / max(1, positions)
+            loss = loss + method.ce.weight * terms["ce"]
+        if method.features is not None:
+            terms["features"] = self._features(captured, micro, hard)
+            loss = loss + method.features.weight * terms["features"]
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
+        """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""
+        rows_H = micro.batch.positions_N[micro.hard_H]
+        total = sum(
+            feature_loss(
+                captured[layer].flatten(0, 1)[rows_H],
+                teacher_HE,
+                projector,
+                self.method.features.loss,
+            )
+            for layer, teacher_HE, projector in zip(
+                self.student_layers, micro.teacher_features, self.projectors, strict=True
+            )
+        )
+        return total / (max(1, hard) * len(self.student_layers))

@@ -1,0 +1,61 @@
+"""What a run leaves behind: model, metrics, record. Written last and whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from entkd.checkpoint import refuse_full_disk
+from entkd.provenance import file_sha256, write_json
+
+
+def finished(output: Path, identity: str) -> bool:
+    """Whether the folder holds the complete outputs of this very run.
+
+    Snakemake removes a job's old outputs before it starts the job, so outputs found here were written since, by a
+    process that a killed workflow left behind.
+    """
+    record = output / "run.json"
+    if not record.exists():
+        return False
+    return json.loads(record.read_text(encoding="utf-8"))["identity"] == identity
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line, replaced atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    temporary.replace(path)
+
+
+def write_outputs(
+    output: Path,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    save_dtype: str,
+    metrics: list[dict[str, Any]],
+    record: dict[str, Any],
+) -> None:
+    """Write ``model/``, ``metrics.jsonl`` and, last, ``run.json``.
+
+    The folder is made under a temporary name: a kill between two files leaves nothing that looks complete.
+    """
+    temporary = output / "model.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    with refuse_full_disk(temporary / "model.safetensors"):
+        model.to(getattr(torch, save_dtype)).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    weights = file_sha256(temporary / "model.safetensors")
+    shutil.rmtree(output / "model", ignore_errors=True)
+    os.replace(temporary, output / "model")
+    write_metrics(output / "metrics.jsonl", metrics)
+    write_json(output / "run.json", record | {"weights_sha256": weights})

@@ -1,0 +1,126 @@
+"""What the teacher says of a step's tokens, and what the components make of it.
+
+The difficulty of every training token is known before training starts, so weights, temperatures and hard tokens
+of a whole optimizer step are formed at once, with the step's own normalisers, and then cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from entkd.components import token_plan
+from entkd.config import Method
+from entkd.data import Corpus
+from entkd.data.packing import Batch
+from entkd.distill.objective import MicroBatch
+from entkd.errors import UserError
+from entkd.signals import SignalStore
+
+CONTAINS_REVERSE_KL = ("reverse_kl", "todi", "adaptive_kl")
+"""Divergences with a KL(q‖p) term, infinite where the teacher gives a token probability zero."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches and their global denominators."""
+
+    micro_batches: list[MicroBatch]
+    positions: int
+    """N, response tokens of the step."""
+    hard: int
+    """|H|, tokens with a feature loss."""
+    tokens: int
+    """Tokens through the trunk, padding included."""
+    means: dict[str, float]
+    """Means over the step's tokens for the log: weight, weight × scale, temperature, share of hard tokens."""
+
+
+class TeacherTargets:
+    """The signal store as one arm reads it.
+
+    Raises
+    ------
+    UserError
+        If the method needs something that the store has not got; names the setting to change.
+    """
+
+    def __init__(self, method: Method, signals: Path | None, corpus: Corpus, seed: int) -> None:
+        self.method, self.seed = method, seed
+        self.store: SignalStore | None = None
+        if not method.needs_signals:
+            return
+        if signals is None:
+            raise UserError("this method needs the teacher's signals; give --signals")
+        self.store = SignalStore.open(signals)
+        self.split = self.store.split("train")
+        if len(self.split.entropy_R) != corpus.response_tokens:
+            raise UserError(
+                f"{signals}: signals of {len(self.split.entropy_R)} response tokens, but the data has "
+                f"{corpus.response_tokens}; prepare the signals again for this data"
+            )
+        self.sequence_R = torch.repeat_interleave(
+            torch.arange(len(corpus)), torch.as_tensor(corpus.response_lengths, dtype=torch.long)
+        )
+        self.difficulty_R = self.store.difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
+        self._check_capabilities()
+
+    def _check_capabilities(self) -> None:
+        method, store = self.method, self.store
+        if method.divergence is not None and method.divergence.name in CONTAINS_REVERSE_KL and store.has_inf_logits:
+            raise UserError(
+                f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
+                "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
+            )
+        if method.features is not None and len(store.feature_layers) != method.features.points:
+            raise UserError(
+                f"method.features.points: {method.features.points} layer pairs, but the signals hold the teacher's "
+                f"layers {list(store.feature_layers)}; all arms of an experiment need the same number of points"
+            )
+
+    def step(self, batches: Sequence[Batch], progress: float) -> Step:
+        """Targets of one optimizer step.
+
+        Parameters
+        ----------
+        batches
+            Every micro-batch of the step, those of other devices included.
+        progress
+            u in [0, 1].
+        """
+        positions = sum(len(batch.tokens_N) for batch in batches)
+        tokens = sum(batch.input_ids_BL.numel() for batch in batches)
+        if self.store is None:
+            return Step([MicroBatch(batch) for batch in batches], positions, 0, tokens, {})
+        tokens_N = torch.cat([batch.tokens_N for batch in batches])
+        plan = token_plan(self.difficulty_R[tokens_N], progress, self.method, tokens_N=tokens_N, seed=self.seed)
+        hard = 0 if plan.hard_N is None else int(plan.hard_N.sum())
+        if plan.hard_N is not None and not bool(self.split.has_features(tokens_N[plan.hard_N]).all()):
+            raise UserError(
+                f"method.features: tokens {self.method.features.tokens} with threshold {self.method.features.threshold} "
+                "need hidden states that the signals do not hold; prepare the signals for this arm too"
+            )
+        micro_batches, start = [], 0
+        for batch in batches:
+            cut = slice(start, start := start + len(batch.tokens_N))
+            micro_batches.append(self._micro_batch(batch, plan.weight_N, plan.temperature_N, plan.hard_N, cut))
+        return Step(micro_batches, positions, hard, tokens, plan.means)
+
+    def _micro_batch(
+        self, batch: Batch, weight_N: Tensor | None, temperature_N: Tensor | None, hard_N: Tensor | None, cut: slice
+    ) -> MicroBatch:
+        hard_H = None if hard_N is None else hard_N[cut].nonzero().squeeze(1)
+        return MicroBatch(
+            batch,
+            teacher_hidden_NE=self.split.hidden(batch.tokens_N) if self.method.divergence is not None else None,
+            weight_N=None if weight_N is None else weight_N[cut],
+            temperature_N=None if temperature_N is None else temperature_N[cut],
+            hard_H=hard_H,
+            teacher_features=()
+            if hard_H is None
+            else tuple(self.split.features(batch.tokens_N[hard_H], layer) for layer in self.store.feature_layers),
+        )

@@ -1,0 +1,91 @@
+"""Quality against cost: what an arm's training took and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from entkd.figures.style import GREY, ROLE_LABEL, TEXT_WIDTH, Study, number
+
+COSTS = {"seconds": "training time per run (s)", "tflops": "training compute per run (TFLOP)"}
+
+
+def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
+    """Gap closed, or the first task where no gap is closed, over seconds and TFLOP of one run."""
+    quality, label = _quality(study)
+    means = runs.groupby("arm")[list(COSTS)].mean()
+    rows = quality[["mean", "low", "high"]].join(means).reindex([arm.name for arm in study.arms])
+    height = max(2.6, 0.135 * len(study.arms) + 0.9)
+    figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
+    axes = figure.subplots(1, len(COSTS), sharey=True)
+    for ax, name in zip(axes, COSTS, strict=True):
+        _draw(ax, rows, name, study)
+    axes[0].set_ylabel(label)
+    _name_points(axes[-1], rows, list(COSTS)[-1], study)
+    roles = {arm.role: arm for arm in study.arms}
+    handles = [Line2D([], [], color=a.colour, marker=a.marker, ls="", label=ROLE_LABEL[r]) for r, a in roles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _quality(study: Study) -> tuple[pd.DataFrame, str]:
+    """Rows by arm with mean, low, high; and the label of the axis."""
+    gap = study.table[study.table["task"] == "gap_closed"].set_index("arm")
+    if gap["mean"].notna().any():
+        return gap, "share of the untrained–teacher\ngap closed →"
+    task = study.tasks[0]
+    arrow = "better →" if task.direction == "higher" else "← better"
+    own = task.of(study.table).set_index("arm")
+    spread = own["sd"] / np.sqrt(own["n"])
+    return own.assign(low=own["mean"] - spread, high=own["mean"] + spread), f"{task.title}\n{task.unit}, {arrow}"
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
+    for arm in study.arms:
+        x, y, low, high = (number(rows, arm.name, column) for column in (name, "mean", "low", "high"))
+        if np.isfinite([low, high]).all():
+            ax.plot([x, x], [low, high], color=arm.colour, linewidth=0.7, alpha=0.45, zorder=1)
+        ax.plot(x, y, arm.marker, color=arm.colour, markersize=4, markerfacecolor="white", zorder=2)
+    ax.set_xlabel(COSTS[name])
+    ax.margins(x=0.12, y=0.06)
+    ax.locator_params(axis="x", nbins=5)
+    ax.grid(True)
+
+
+def _name_points(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
+    """Arm names in the right margin in the order of their height, each with a thin line to its point."""
+    means = {arm.name: number(rows, arm.name, "mean") for arm in study.arms}
+    arms = sorted((arm for arm in study.arms if np.isfinite(means[arm.name])), key=lambda arm: means[arm.name])
+    low, high = ax.get_ylim()
+    heights = spread_out([(means[arm.name] - low) / (high - low) for arm in arms])
+    for arm, height in zip(arms, heights, strict=True):
+        ax.annotate(
+            arm.name,
+            xy=(number(rows, arm.name, name), means[arm.name]),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            va="center",
+            color=arm.colour,
+            fontsize=6.5,
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.35, "shrinkA": 1, "shrinkB": 2},
+        )
+    ax.set_ylim(low, high)
+
+
+def spread_out(wanted: Sequence[float]) -> list[float]:
+    """Ascending heights in [0, 1], as near to the ascending ``wanted`` ones as a common distance allows."""
+    step = min(0.06, 1 / max(1, len(wanted) - 1))
+    heights = list(wanted)
+    for place in range(1, len(heights)):
+        heights[place] = max(heights[place], heights[place - 1] + step)
+    ceiling = 1.0
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], ceiling)
+        ceiling = heights[place] - step
+    return heights

@@ -1,0 +1,167 @@
+"""Estimates with intervals, one panel per task: the forest plot of arms and the effects of the components."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from entkd.figures.style import (
+    BLACK,
+    BLUE,
+    COLUMN_WIDTH,
+    GREY,
+    LIGHT_GREY,
+    ROLE_LABEL,
+    TEXT_WIDTH,
+    Arm,
+    Study,
+    Task,
+    grid_of,
+    number,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of every panel."""
+
+    key: str
+    """Value of the frame's key column."""
+    label: str
+    group: str
+    """A thin line separates groups."""
+    colour: str
+    marker: str
+
+
+def draw_forest(study: Study) -> Figure:
+    """Difference of every arm to the reference, per task, with its 95 % interval."""
+    rows = [Row(arm.name, arm.name, arm.role, arm.colour, arm.marker) for arm in study.arms if arm.role != "reference"]
+    frame = study.table.rename(columns={"delta": "estimate"})
+    figure = _interval_panels(study, frame, "arm", rows, f"Δ {{unit}} to {study.reference}")
+    roles = [arm for arm in _first_of_each_role(study.arms) if arm.role != "reference"]
+    handles = [
+        Line2D([], [], color=arm.colour, marker=arm.marker, linestyle="-", label=ROLE_LABEL[arm.role]) for arm in roles
+    ]
+    _legend(figure, handles + _claim_handles(study))
+    return figure
+
+
+def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
+    """Main effects and interactions of the three components, per task, with their 95 % intervals."""
+    families = frame.drop_duplicates("effect").set_index("effect")["family"]
+    rows = [
+        Row(name, _effect_label(name), family, BLUE if family == "primary" else GREY, "o" if family == "primary" else "s")
+        for family in ("primary", "exploratory")
+        for name in families.index[families == family]
+    ]
+    figure = _interval_panels(study, frame, "effect", rows, "effect on {unit}")
+    handles = [
+        Line2D([], [], color=BLUE, marker="o", label="primary family"),
+        Line2D([], [], color=GREY, marker="s", label="exploratory"),
+    ]
+    _legend(figure, handles + _claim_handles(study))
+    return figure
+
+
+def _effect_label(name: str) -> str:
+    """`a:b` is an interaction, `a-b` a difference of two arms."""
+    return name.replace(":", " × ").replace("-", " − ")
+
+
+def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:
+    return list({arm.role: arm for arm in reversed(arms)}.values())[::-1]
+
+
+def _claim_handles(study: Study) -> list[Line2D]:
+    labels = {BLACK: f"claimed (Holm p < {study.alpha:g})", "white": "not shown"}
+    return [
+        Line2D([], [], color=BLACK, marker="o", linestyle="", markerfacecolor=face, label=label)
+        for face, label in labels.items()
+    ]
+
+
+def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    columns = len(handles) if figure.get_figwidth() > COLUMN_WIDTH + 1 else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
+
+
+def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence[Row], label: str) -> Figure:
+    """One panel per task; the rows are shared. Better is always to the right."""
+    bands, columns = grid_of(len(study.tasks))
+    width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
+    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.85) + 0.35), layout="constrained")
+    axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
+    for place, ax in enumerate(axes.flat):
+        if place >= len(study.tasks):
+            ax.set_visible(False)
+            continue
+        task = study.tasks[place]
+        _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows, study.alpha)
+        _label_panel(ax, task, label)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(rows)), [row.label for row in rows])
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+    return figure
+
+
+def _label_panel(ax: Axes, task: Task, label: str) -> None:
+    ax.set_title(task.title)
+    ax.set_xlabel(label.format(unit=task.unit) + "\nbetter →", linespacing=1.4)
+    if task.direction == "lower":
+        ax.invert_xaxis()
+    ax.locator_params(axis="x", nbins=4)
+
+
+def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], alpha: float) -> None:
+    """The intervals of one panel. A claim is a filled marker."""
+    limit = _limit(values, [row.key for row in rows])
+    ax.set_xlim(-limit, limit)
+    ax.axvline(0, color=BLACK, linewidth=0.7, zorder=1)
+    for y, row in enumerate(rows):
+        if y and rows[y - 1].group != row.group:
+            ax.axhline(y - 0.5, color=LIGHT_GREY, linewidth=0.6, zorder=0)
+        if row.key not in values.index:
+            continue
+        estimate, low, high, p_holm = (number(values, row.key, c) for c in ("estimate", "low", "high", "p_holm"))
+        if np.isnan(estimate):
+            continue
+        if abs(estimate) > limit:
+            _draw_off_scale(ax, estimate, limit, y, row)
+            continue
+        if not np.isnan(low):
+            ax.plot([low, high], [y, y], color=row.colour, linewidth=1.1, zorder=2)
+        face = row.colour if p_holm < alpha else "white"
+        ax.plot(estimate, y, row.marker, color=row.colour, markerfacecolor=face, markeredgewidth=0.9, zorder=3)
+
+
+def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -> None:
+    """An estimate far outside the others is written at the edge, so that it does not flatten the rest."""
+    side = np.sign(estimate)
+    ax.annotate(
+        f"{estimate:+.3g}",
+        xy=(side * limit, y),
+        xytext=(side * limit * 0.62, y),
+        color=row.colour,
+        fontsize=6.5,
+        ha="center",
+        va="center",
+        arrowprops={"arrowstyle": "-|>", "color": row.colour, "linewidth": 0.9, "mutation_scale": 6, "shrinkB": 0},
+    )
+
+
+def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
+    """Half the width of a panel around zero: all intervals, or the bulk of them where a few lie far outside."""
+    shown = values.reindex(list(keys))
+    reach = shown[["estimate", "low", "high"]].abs().max(axis=1).dropna()
+    if reach.empty or reach.max() == 0:
+        return 1.0
+    bulk = float(reach.quantile(0.7))
+    largest = float(reach.max())
+    return 1.08 * largest if largest <= 4 * bulk else 1.6 * bulk

@@ -1,0 +1,143 @@
+"""What every figure shares: the study's arms and tasks, colours, labels, files.
+
+Colours are Okabe and Ito's palette, told apart with the common colour-vision deficiencies; roles also differ in
+marker, and lines of one panel in dash, so that a grey print stays readable.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+STYLE: Final = Path(__file__).parent.parent / "entkd.mplstyle"
+TEXT_WIDTH: Final = 7.0
+"""Inches; the text block of a paper."""
+COLUMN_WIDTH: Final = 3.5
+"""Inches; one of two columns."""
+
+BLACK, GREY, LIGHT_GREY = "#000000", "#707070", "#dddddd"
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, WINE = "#E69F00", "#56B4E9", "#882255"
+LINE_COLOURS: Final = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, WINE, GREY)
+DASHES: Final[tuple[Any, ...]] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+
+ROLE_COLOUR: Final = {"reference": BLACK, "factorial": BLUE, "baseline": VERMILLION, "control": GREEN}
+ROLE_MARKER: Final = {"reference": "D", "factorial": "o", "baseline": "s", "control": "^"}
+ROLE_LABEL: Final = {
+    "reference": "reference",
+    "factorial": "component design",
+    "baseline": "baseline",
+    "control": "control",
+}
+
+METRIC_LABEL: Final = {
+    "bits_per_byte": "bits per byte",
+    "byte_perplexity": "perplexity per byte",
+    "word_perplexity": "perplexity per word",
+    "perplexity": "perplexity",
+    "rougeL": "ROUGE-L",
+    "acc": "accuracy",
+    "acc_norm": "accuracy (length-normalised)",
+    "exact_match": "exact match",
+    "kl": "KL (nats per token)",
+    "top1_agreement": "top-1 agreement",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm of the comparison."""
+
+    name: str
+    role: str
+    """`reference`, `factorial`, `baseline` or `control`."""
+
+    @property
+    def colour(self) -> str:
+        """Colour of the arm's role."""
+        return ROLE_COLOUR[self.role]
+
+    @property
+    def marker(self) -> str:
+        """Marker of the arm's role."""
+        return ROLE_MARKER[self.role]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    direction: str
+    """`higher` or `lower` is better."""
+
+    @property
+    def title(self) -> str:
+        """The task's name, wrapped to the width of a panel."""
+        name = self.task.removeprefix("entkd_").replace("_", " ")
+        return textwrap.fill(name, 20)
+
+    @property
+    def unit(self) -> str:
+        """The metric's name with its unit."""
+        return METRIC_LABEL.get(self.metric, self.metric.replace("_", " "))
+
+    def of(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of ``frame`` that belong to this task and metric."""
+        return frame[(frame["task"] == self.task) & (frame["metric"] == self.metric)]
+
+
+class Study:
+    """What is drawn: arms in the order of their roles, tasks in the order of the table, and the two frames."""
+
+    def __init__(self, settings: Mapping[str, Any], scores: pd.DataFrame, table: pd.DataFrame) -> None:
+        self.reference = str(settings["analysis"]["reference"])
+        self.alpha = float(settings["analysis"]["alpha"])
+        self.scores = scores
+        self.table = table
+        written = [
+            Arm(arm["name"], "reference" if arm["name"] == self.reference else arm["role"]) for arm in settings["arms"]
+        ]
+        self.arms = tuple(arm for role in ROLE_COLOUR for arm in written if arm.role == role)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """Every task and metric of the table except the summary over the suite."""
+        rows = self.table[self.table["task"] != "gap_closed"]
+        keys = rows[["task", "metric", "direction"]].drop_duplicates()
+        return tuple(Task(*(str(value) for value in key)) for key in keys.itertuples(index=False, name=None))
+
+    def line_style(self, arm: Arm) -> dict[str, Any]:
+        """Colour and dash of an arm's line: black for the reference, else by its place among the arms of its role."""
+        if arm.role == "reference":
+            return {"color": BLACK, "linestyle": "-", "zorder": 3}
+        place = [other.name for other in self.arms if other.role == arm.role].index(arm.name)
+        return {"color": LINE_COLOURS[place % len(LINE_COLOURS)], "linestyle": DASHES[place % len(DASHES)]}
+
+
+def number(frame: pd.DataFrame, row: str, column: str) -> float:
+    """One cell as a float."""
+    cell: Any = frame.at[row, column]
+    return float(cell)
+
+
+def grid_of(panels: int, most: int = 4) -> tuple[int, int]:
+    """Rows and columns of a balanced grid with at most ``most`` columns."""
+    rows = -(-panels // most)
+    return rows, -(-panels // rows)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write ``name``.pdf, .svg and .png. The same figure gives the same bytes: no dates, fixed ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png")

@@ -7,42 +7,46 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ValidationError, model_validator
 
 from entkd.config.base import Settings
+from entkd.config.errors import Problems, problems_of, show, unknown_name
 from entkd.config.method import Method
 
 Role = Literal["factorial", "baseline", "control"]
 
+ARM_NAME = re.compile(r"[a-z0-9][a-z0-9_.=-]*")
+RESERVED_NAMES = ("teacher", "untrained")
+"""Rows of the table that are not arms: the teacher, and the student before training."""
+
 
 class Arm(Settings):
     """One arm as written: a merge patch on the method, and what the arm is in the comparison."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     role: Role = "baseline"
     """`factorial` arms make up the design of the three components; `control` separates an idea from its side effects."""
     pipeline: str = "distill"
     """Which rule trains the arm: `distill`, or a baseline pipeline with a rules file of its own such as `seqkd`."""
     patch: dict[str, Any] = {}
-    """The merge patch. In the file its keys stand beside `role` and `pipeline`."""
+    """The merge patch on `method`. In the file its keys stand beside `role` and `pipeline`."""
 
     @model_validator(mode="before")
     @classmethod
     def _collect_patch(cls, value: Any) -> Any:
         if value is None:
             return {}
-        if isinstance(value, Mapping) and "patch" not in value:
-            own = {k: v for k, v in value.items() if k in ("role", "pipeline")}
-            return own | {"patch": {k: v for k, v in value.items() if k not in own}}
+        if isinstance(value, Mapping):
+            own = {key: item for key, item in value.items() if key in ("role", "pipeline")}
+            return own | {"patch": {key: item for key, item in value.items() if key not in own}}
         return value
 
 
 class ResolvedArm(Settings):
-    """One arm after patching: what its training job gets, beside the seed."""
+    """One arm after patching."""
 
     name: str
     """The arm's name."""
@@ -52,6 +56,17 @@ class ResolvedArm(Settings):
     """Which rule trains it."""
     method: Method
     """Its complete method."""
+
+    @property
+    def trained_method(self) -> dict[str, Any]:
+        """What decides the trained weights: the terms that are present. No name, no role.
+
+        Two arms are the same experiment exactly when this and the pipeline are equal.
+        """
+        terms = {key: value for key, value in self.method.model_dump(mode="json").items() if value is not None}
+        if not self.method.needs_difficulty:
+            del terms["difficulty"]
+        return terms
 
 
 def merge_patch(target: Any, patch: Any, path: str) -> Any:
@@ -69,7 +84,7 @@ def merge_patch(target: Any, patch: Any, path: str) -> Any:
         if value is None:
             if merged.get(key) is None:
                 raise ValueError(f"{path}.{key}: null removes `{key}`, but the method has none; delete this line")
-            merged[key] = None
+            del merged[key]
         else:
             merged[key] = merge_patch(merged.get(key), value, f"{path}.{key}")
     return merged
@@ -80,8 +95,6 @@ def expand_sweeps(arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, lis
     expanded = dict(arms)
     for base, axes in sweeps.items():
         if base not in arms:
-            from entkd.config.errors import unknown_name
-
             raise ValueError(unknown_name("sweeps", base, arms))
         for values in itertools.product(*axes.values()):
             name, patch = base, arms[base].patch
@@ -91,24 +104,41 @@ def expand_sweeps(arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, lis
                 for part in reversed(key.split(".")):
                     nested = {part: nested}
                 patch = merge_patch(patch, nested, f"sweeps.{base}")
-            expanded[name] = Arm(role=arms[base].role, pipeline=arms[base].pipeline, patch=patch)
+            if not ARM_NAME.fullmatch(name):
+                raise ValueError(f"sweeps.{base}: values {show(list(values))} make no arm name; write these arms out")
+            if name in expanded:
+                raise ValueError(f"sweeps.{base}: makes an arm `{name}`, which is there already; remove one of them")
+            expanded[name] = Arm(role=arms[base].role, pipeline=arms[base].pipeline, **patch)
     return expanded
 
 
 def resolve_arms(
     method: Method, arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, list[Any]]]
 ) -> dict[str, ResolvedArm]:
-    """Every arm with its complete method; raises ValueError naming the arm where a guard fails."""
+    """Every arm with its complete method; raises Problems naming each arm where a guard fails."""
     base = method.model_dump(mode="json", exclude_unset=True)
     if method.divergence is not None:  # the name is a default, which exclude_unset drops
         base["divergence"] = method.divergence.model_dump(mode="json", exclude_unset=True) | {"name": method.divergence.name}
     resolved: dict[str, ResolvedArm] = {}
     seen: dict[str, str] = {}
+    problems: list[str] = []
     for name, arm in expand_sweeps(arms, sweeps).items():
-        patched = Method.model_validate(merge_patch(base, arm.patch, f"arms.{name}"))
-        key = json.dumps([arm.pipeline, patched.model_dump(mode="json")], sort_keys=True)
-        if key in seen:
-            raise ValueError(f"arms.{name} and arms.{seen[key]} resolve to the same experiment; remove one of them")
-        seen[key] = name
+        if name in RESERVED_NAMES:
+            problems.append(f"arms.{name}: this name stands for a reference row of the table; choose another")
+            continue
+        try:
+            patched = Method.model_validate(merge_patch(base, arm.patch, f"arms.{name}"))
+        except ValidationError as error:
+            problems += problems_of(error, Method, f"arms.{name}", extra=("role", "pipeline"))
+            continue
+        except ValueError as error:
+            problems.append(str(error))
+            continue
         resolved[name] = ResolvedArm(name=name, role=arm.role, pipeline=arm.pipeline, method=patched)
+        key = json.dumps([arm.pipeline, resolved[name].trained_method], sort_keys=True)
+        if key in seen:
+            problems.append(f"arms.{name}: the same experiment as arms.{seen[key]}; remove one of them")
+        seen.setdefault(key, name)
+    if problems:
+        raise Problems(problems)
     return resolved

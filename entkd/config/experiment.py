@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from entkd.config.arms import Arm, ResolvedArm, resolve_arms
 from entkd.config.base import Settings
+from entkd.config.errors import Problems, unknown_name
 from entkd.config.method import Method
 from entkd.config.stages import Analysis, Data, Signals, Slug, Student, Suite, Teacher, Training
+
+
+RESULT_FOLDERS = ("data", "figures", "logs", "scores", "signals", "students", "teachers")
+"""Folders of the demo's results, which no other experiment may take as its name."""
 
 
 class Runtime(Settings):
@@ -22,8 +28,9 @@ class Runtime(Settings):
     """CPU threads of a training or scoring job. Two jobs of one thread usually beat one of two."""
     memory_gib: float = Field(4.0, gt=0)
     """Memory that a training or scoring job asks the scheduler for."""
-    gpus: int | Literal["auto"] = "auto"
-    """GPUs of a job: `auto` asks for one where this machine has any, 0 is the CPU."""
+    gpus: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs of a job: `auto` asks for one where this machine has any, 0 is the CPU. On a cluster give the number: the
+    machine that submits the jobs often has none."""
     cache: Path = Path("cache")
     """Folder of the content-addressed teacher signals, shared by experiments."""
 
@@ -60,14 +67,44 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
+        problems = []
+        if self.name in RESULT_FOLDERS:
+            problems.append(f"name: `{self.name}` is a folder of the demo's results; choose another")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds {list(self.seeds)} repeat themselves")
+            problems.append(f"seeds: {list(self.seeds)} repeat themselves")
+        if self.data.max_tokens > self.training.block:
+            problems.append(
+                f"data.max_tokens: {self.data.max_tokens} is more than training.block {self.training.block}, and a "
+                "document must fit into a block"
+            )
         resolved = self.resolved_arms  # raises what is wrong with an arm
         if self.analysis.reference not in resolved:
-            from entkd.config.errors import unknown_name
-
-            raise ValueError(unknown_name("analysis.reference", self.analysis.reference, resolved))
+            problems.append(unknown_name("analysis.reference", self.analysis.reference, resolved))
+        problems += [problem for arm in resolved.values() for problem in self._lacking_signals(arm)]
+        if problems:
+            raise Problems(problems)
         return self
+
+    def _lacking_signals(self, arm: ResolvedArm) -> Iterator[str]:
+        """What an arm's feature loss needs and the signal store does not keep."""
+        wanted, stored = arm.method.features, self.signals.features
+        if wanted is None:
+            return
+        path = f"arms.{arm.name}.features"
+        if stored is None:
+            yield f"{path}: needs teacher hidden states, and signals.features is null; set `signals: {{features: {{}}}}`"
+            return
+        if stored.points % wanted.points:
+            yield f"{path}.points: {wanted.points} does not divide signals.features.points {stored.points}; change one of them"
+        if stored.tokens == "hard" and wanted.tokens != "hard":
+            yield f"{path}.tokens: {wanted.tokens} needs `signals.features.tokens: all`"
+        elif stored.tokens == "hard" and arm.method.difficulty.scale != "rank":
+            yield f"{path}: hard tokens by difficulty.scale {arm.method.difficulty.scale} need `signals.features.tokens: all`"
+        elif stored.tokens == "hard" and wanted.threshold < stored.threshold:
+            yield (
+                f"{path}.threshold: {wanted.threshold} is below signals.features.threshold {stored.threshold}, under which "
+                f"no hidden states are stored; set `signals.features.threshold: {wanted.threshold}`"
+            )
 
     @cached_property
     def resolved_arms(self) -> dict[str, ResolvedArm]:

@@ -87,9 +87,11 @@ class Teacher(Settings):
     @model_validator(mode="after")
     def _source_is_complete(self) -> Teacher:
         needs = {"bundled": (), "local": ("path",), "hub": ("repo", "revision")}[self.source]
-        for key in needs:
-            if getattr(self, key) is None:
-                raise ValueError(f"a {self.source} teacher needs `{key}`")
+        for key in ("path", "repo", "revision"):
+            if key in needs and getattr(self, key) is None:
+                raise ValueError(f"`source: {self.source}` needs `{key}`")
+            if key not in needs and getattr(self, key) is not None:
+                raise ValueError(f"`{key}` means nothing with `source: {self.source}`; remove it or change the source")
         if (self.prepare == "finetune") != (self.finetune is not None):
             raise ValueError("`finetune` settings and `prepare: finetune` go together")
         return self
@@ -189,11 +191,25 @@ class HubData(_RowData):
 Data = Annotated[SyntheticData | JsonData | HubData, Field(discriminator="source")]
 
 
+class SignalFeatures(Settings):
+    """Whose hidden states are stored for the feature loss of arms."""
+
+    points: int = Field(3, ge=1)
+    """Teacher layers at 1/points, 2/points, ... of the depth. Arms may use any divisor of it."""
+    tokens: Literal["hard", "all"] = "hard"
+    """Tokens with d > threshold, or all of them. Arms with other than hard tokens need all."""
+    threshold: float = Field(0.8, ge=0, le=1)
+    """Tokens with d above it are stored. Arms may use this threshold or a higher one."""
+
+
 class Signals(Settings):
-    """What is stored of the teacher's outputs."""
+    """What is stored of the teacher's outputs. Changing it runs the teacher again and retrains what reads it."""
 
     mode: Literal["hidden"] = "hidden"
     """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head."""
+    features: SignalFeatures | None = SignalFeatures()
+    """Hidden states for the feature loss; null stores none. Stated here, not taken from the arms, so that editing one
+    arm never touches what the other arms read."""
     calibration_tokens: int = Field(16384, ge=16)
     """Response tokens of the training split over which the difficulty's CDF is fitted."""
     shard_tokens: int = Field(65536, ge=16)
@@ -223,9 +239,11 @@ class Student(Settings):
     @model_validator(mode="after")
     def _source_is_complete(self) -> Student:
         needs = {"layers": ("layers",), "local": ("path",), "hub": ("repo", "revision"), "scratch": ("config",)}[self.init]
-        for key in needs:
-            if not getattr(self, key):
+        for key in ("layers", "path", "repo", "revision", "config"):
+            if key in needs and not getattr(self, key):
                 raise ValueError(f"`init: {self.init}` needs `{key}`")
+            if key not in needs and key in self.model_fields_set and getattr(self, key):
+                raise ValueError(f"`{key}` means nothing with `init: {self.init}`; remove it or change init")
         return self
 
 

@@ -1,0 +1,181 @@
+"""Losses fused with the output projections, in tiles of tokens: there is never an (N, V) tensor over all tokens.
+
+The machinery and its precision are in ``entkd.tiles``. Losses are sums; the caller divides by the global number of
+tokens.
+
+Shapes: N tokens, R tokens of a tile, D student width, E teacher width, V student rows, U teacher rows of the output
+projection, both cut to ``vocab_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from entkd.divergences import DIVERGENCES, forward_kl
+from entkd.entropy import token_entropy
+from entkd.temperature import loss_scale
+from entkd.tiles import compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
+
+
+def linear_divergence(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_UE: Tensor,
+    *,
+    divergence: str,
+    temperature_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
+    t2: Literal["per_token", "linear", "off"] = "per_token",
+    vocab_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Σ_i w_i s(T_i) D(p_i(T_i) ‖ q_i(T_i)) in nats, with gradients to the student's hidden states and weight.
+
+    Parameters
+    ----------
+    student_hidden_ND, teacher_hidden_NE
+        (N, D) and (N, E) last hidden states of the same tokens. N = 0 gives 0 and zero gradients.
+    student_weight_VD, teacher_weight_UE
+        Output projections, rows in the order of one tokenizer.
+    divergence
+        A name in ``entkd.divergences.DIVERGENCES``.
+    temperature_N, weight_N
+        (N,) temperatures and weights, 1 where absent; never differentiated. Tokens of weight 0 are left out, so that
+        nothing in their rows, NaN included, matters.
+    t2
+        s(T): ``per_token`` T², ``linear`` T, ``off`` 1.
+    vocab_size
+        Rows of both projections that are tokens. Rows beyond are not read, and get gradient 0. Needed where V ≠ U.
+    settings
+        Further keyword arguments of the divergence, e.g. ``{"beta": 0.2}``.
+
+    Raises
+    ------
+    ValueError
+        Unknown divergence, numbers of tokens that differ, or vocabularies that do not fit.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence {divergence!r}: allowed are {', '.join(DIVERGENCES)}")
+    dense, settings = DIVERGENCES[divergence], dict(settings or {})
+    vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
+    scale_N = weight_N
+    if weight_N is not None:
+        kept_K = weight_N.detach().nonzero().squeeze(-1)
+        student_hidden_ND, teacher_hidden_NE = student_hidden_ND[kept_K], teacher_hidden_NE[kept_K]
+        scale_N = weight_N.detach()[kept_K]
+        temperature_N = None if temperature_N is None else temperature_N[kept_K]
+    if temperature_N is not None:
+        s_N = loss_scale(temperature_N, t2)
+        scale_N = s_N if scale_N is None else scale_N * s_N
+
+    def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> Tensor:
+        temperature_R = None if temperature_N is None else temperature_N[rows]
+        value_R = dense(student_RV, teacher_RV, temperature_R, **settings)
+        return value_R if scale_N is None else value_R * scale_N[rows]
+
+    target = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], compute_dtype(student_hidden_ND))
+    return tiled_loss(student_hidden_ND, student_weight_VD, target, loss, vocab_size)
+
+
+def linear_cross_entropy(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    labels_N: Tensor,
+    *,
+    weight_N: Tensor | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Σ_i w_i (-log q_i(label_i)) in nats, with gradients to the hidden states and the weight.
+
+    Parameters
+    ----------
+    student_hidden_ND, student_weight_VD
+        (N, D) last hidden states and (V, D) output projection.
+    labels_N
+        (N,) token ids below ``vocab_size``.
+    weight_N
+        (N,) weights, 1 where absent; never differentiated.
+    vocab_size
+        Rows of the projection that are tokens.
+    """
+    vocab_size = _rows(student_weight_VD, vocab_size, "student")
+
+    def loss(student_RV: Tensor, labels_R: Tensor, rows: slice) -> Tensor:
+        value_R = torch.nn.functional.cross_entropy(student_RV, labels_R, reduction="none")
+        return value_R if weight_N is None else value_R * weight_N.detach()[rows]
+
+    return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], loss, vocab_size)
+
+
+@torch.no_grad()
+def linear_statistics(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_UE: Tensor,
+    *,
+    vocab_size: int | None = None,
+    labels_N: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """How close the student is to the teacher, per token, at temperature 1 and without gradient.
+
+    Returns
+    -------
+    dict
+        (N,) tensors: ``kl``, KL(p‖q) in nats; ``student_entropy`` in nats; ``agreement``, whether both have the same
+        most likely token; with labels ``nll``, -log q(label) in nats.
+    """
+    vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
+    dtype, device = compute_dtype(student_hidden_ND), student_hidden_ND.device
+    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype)
+    teacher = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], dtype)
+    n_tokens = len(student_hidden_ND)
+    statistics = {name: torch.zeros(n_tokens, dtype=dtype, device=device) for name in ("kl", "student_entropy")}
+    statistics["agreement"] = torch.zeros(n_tokens, dtype=torch.bool, device=device)
+    if labels_N is not None:
+        statistics["nll"] = torch.zeros(n_tokens, dtype=dtype, device=device)
+    for tile in slices(n_tokens, tile_rows(vocab_size, device)):
+        student_RV, teacher_RV = student(tile), teacher(tile)
+        for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
+            rows = slice(tile.start + piece.start, tile.start + piece.stop)
+            q, p = student_RV[piece], teacher_RV[piece]
+            statistics["kl"][rows] = forward_kl(q, p)
+            statistics["student_entropy"][rows] = token_entropy(q)
+            statistics["agreement"][rows] = q.argmax(-1) == p.argmax(-1)
+            if labels_N is not None:
+                statistics["nll"][rows] = torch.nn.functional.cross_entropy(q, labels_N[rows], reduction="none")
+    return statistics
+
+
+def _rows(weight_VD: Tensor, vocab_size: int | None, owner: str) -> int:
+    if vocab_size is None:
+        return len(weight_VD)
+    if len(weight_VD) < vocab_size:
+        raise ValueError(
+            f"the {owner}'s output projection has {len(weight_VD)} rows, the tokenizer {vocab_size} tokens"
+        )
+    return vocab_size
+
+
+def _vocabulary(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor,
+    teacher_weight_UE: Tensor,
+    vocab_size: int | None,
+) -> int:
+    """The vocabulary that both sides share, after checking that both sides fit together."""
+    if len(student_hidden_ND) != len(teacher_hidden_NE):
+        raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(teacher_hidden_NE)} teacher tokens")
+    if vocab_size is None and len(student_weight_VD) != len(teacher_weight_UE):
+        raise ValueError(
+            f"the student's output projection has {len(student_weight_VD)} rows and the teacher's "
+            f"{len(teacher_weight_UE)}; pass vocab_size, the tokenizer's length"
+        )
+    _rows(teacher_weight_UE, vocab_size, "teacher")
+    return _rows(student_weight_VD, vocab_size, "student")

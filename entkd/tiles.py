@@ -1,0 +1,178 @@
+"""A loss over the logits of an output projection, in tiles of tokens: value and gradient in one pass.
+
+Per tile, logits are made, the loss and its gradient are taken at once, and the gradient is multiplied into dh and dW;
+the backward pass only scales them. No tensor of tokens × vocabulary lives longer than its tile.
+
+Precision. A softmax over logits rounded to bf16 costs about a tenth of the gradient where student and teacher are
+close (KL ≈ 0.02), so logits always come out of the product in fp32 (fp64 for fp64 hidden states), from the operands
+as they are, also under autocast. What follows tolerates bf16: where the hidden states are bf16, or autocast is, the
+two gradient products take bf16 operands, and dW is summed over tiles in fp32.
+
+Shapes: N tokens, R tokens of a tile, D width, V rows of the output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TileTarget = Callable[[slice], Tensor]
+"""Rows of the batch → what the loss compares their logits with, e.g. teacher logits (R, V) or labels (R,)."""
+TileLoss = Callable[[Tensor, Tensor, slice], Tensor]
+"""(logits, target, rows) → (R,) weighted losses."""
+
+
+def tiled_loss(hidden_ND: Tensor, weight_VD: Tensor, target: TileTarget, loss: TileLoss, vocab_size: int) -> Tensor:
+    """Σ_i loss_i over all tokens, with gradients to hidden states and weight.
+
+    Parameters
+    ----------
+    hidden_ND, weight_VD
+        Hidden states and output projection. N = 0 gives 0 and zero gradients.
+    target
+        Gives what the loss compares the logits of a tile with; never differentiated.
+    loss
+        The weighted loss per token of a piece of a tile.
+    vocab_size
+        Rows of the projection that are read; the gradient of those beyond is 0.
+    """
+    device = hidden_ND.device.type
+    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    low_precision = hidden_ND.dtype == torch.bfloat16 or (autocast and hidden_ND.dtype == torch.float32)
+    # Inside forward() grad mode is always off, so ask here.
+    wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, weight_VD))
+    return _TiledLoss.apply(hidden_ND, weight_VD, target, loss, vocab_size, low_precision, wants)
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Sum of a loss over tiles of tokens; dh and dW are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        target: TileTarget,
+        loss: TileLoss,
+        vocab_size: int,
+        low_precision: bool,
+        wants: tuple[bool, bool],
+    ) -> Tensor:
+        dtype, device = compute_dtype(hidden_ND), hidden_ND.device
+        product_dtype = torch.bfloat16 if low_precision else dtype
+        with torch.autocast(device.type, enabled=False):
+            used_VD = weight_VD[:vocab_size]
+            logits = projection(hidden_ND, used_VD, dtype)
+            hidden_product_ND = hidden_ND.to(product_dtype) if wants[1] else None
+            weight_product_VD = used_VD.to(product_dtype) if wants[0] else None
+            hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
+            weight_grad_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
+            total = torch.zeros((), dtype=dtype, device=device)
+            for tile in slices(len(hidden_ND), tile_rows(vocab_size, device)):
+                logits_RV = logits(tile)
+                value, grad_RV = _tile(logits_RV, target(tile), loss, tile.start, product_dtype, any(wants))
+                total += value
+                if hidden_grad_ND is not None:
+                    hidden_grad_ND[tile] = grad_RV @ weight_product_VD
+                if weight_grad_VD is not None:
+                    _add_product(weight_grad_VD[:vocab_size], grad_RV.T, hidden_product_ND[tile])
+        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
+        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad_ND, weight_grad_VD = (
+            None if saved is None else (saved * grad_output).to(dtype)
+            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return hidden_grad_ND, weight_grad_VD, None, None, None, None, None
+
+
+def _tile(
+    logits_RV: Tensor, target_R: Tensor, loss: TileLoss, start: int, grad_dtype: torch.dtype, wants_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Summed loss of one tile and its gradient by the logits.
+
+    Works in pieces of few rows: elementwise passes over a vocabulary are bound by memory, and a piece stays in cache
+    from the first pass to the last. A gradient of the logits' own dtype is written over them.
+    """
+    grad_RV = logits_RV if grad_dtype == logits_RV.dtype else torch.empty_like(logits_RV, dtype=grad_dtype)
+    total = logits_RV.new_zeros(())
+    for piece in slices(len(logits_RV), piece_rows(logits_RV.shape[1], logits_RV.device)):
+        rows = slice(start + piece.start, start + piece.stop)
+        piece_RV = logits_RV[piece].detach().requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            value = loss(piece_RV, target_R[piece], rows).sum()
+        total += value.detach()
+        if wants_grad:
+            grad_RV[piece] = torch.autograd.grad(value, piece_RV)[0]
+    return total, grad_RV
+
+
+def projection(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> TileTarget:
+    """A function from rows to logits (R, V) in ``dtype``, as exact as the operands."""
+    both_bf16 = hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and dtype == torch.float32
+    if both_bf16 and hidden_ND.device.type == "cuda":
+        return lambda rows: torch.mm(hidden_ND[rows], weight_VD.T, out_dtype=torch.float32)
+    weight_VD = weight_VD.to(dtype)
+
+    def project(rows: slice) -> Tensor:
+        with torch.autocast(hidden_ND.device.type, enabled=False), _bf16_units(both_bf16):
+            return hidden_ND[rows].to(dtype) @ weight_VD.T
+
+    return project
+
+
+def _bf16_units(both_bf16: bool) -> AbstractContextManager[None]:
+    """On CPUs with AMX, multiply fp32 tensors that hold bf16 values on the bf16 units: exact products, fp32 sums."""
+    return _mkldnn_bf16() if both_bf16 and torch.cpu._is_amx_tile_supported() else nullcontext()
+
+
+@contextmanager
+def _mkldnn_bf16() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _add_product(sum_VD: Tensor, grad_VR: Tensor, hidden_RD: Tensor) -> None:
+    """sum += grad @ hidden, with the sum over tiles in fp32 where the operands are bf16."""
+    if grad_VR.dtype == sum_VD.dtype:
+        sum_VD.addmm_(grad_VR, hidden_RD)
+    else:
+        sum_VD += grad_VR @ hidden_RD
+
+
+def compute_dtype(hidden_ND: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_ND.dtype, torch.float32)
+
+
+def slices(length: int, rows: int) -> Iterator[slice]:
+    """Even slices of at most ``rows``; none where the length is 0."""
+    count = -(-length // rows)
+    for index in range(count):
+        yield slice(index * length // count, (index + 1) * length // count)
+
+
+def tile_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of a tile: about 100 MiB of fp32 logits on a CPU, 512 MiB on an accelerator, and at least 256 rows, since
+    every tile passes once over dW."""
+    budget = (100 if device.type == "cpu" else 512) * 2**20
+    return max(256, budget // (4 * vocab_size))
+
+
+def piece_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of the elementwise passes: about 2 MiB of fp32 on a CPU, to stay in cache; 128 MiB on an accelerator."""
+    budget = (2 if device.type == "cpu" else 128) * 2**20
+    return max(1, budget // (4 * vocab_size))

@@ -34,8 +34,8 @@ from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates,
 from entkd.distill.outputs import finished, write_outputs
 from entkd.distill.progress import Progress
 from entkd.distill.targets import TeacherTargets
-from entkd.models import load_model, load_tokenizer
-from entkd.provenance import device_name, file_sha256, git_sha, peak_gib, versions, write_json
+from entkd.models import load_model, load_tokenizer, weights_sha256
+from entkd.provenance import device_name, git_sha, peak_gib, versions, write_json
 
 
 def distill(
@@ -81,7 +81,7 @@ def finetune_teacher(training: Training, teacher: Path, data: Path, output: Path
     """Fine-tune the teacher on the training responses (cross-entropy alone) and write it as a teacher folder."""
     imported = json.loads((teacher / "manifest.json").read_text(encoding="utf-8"))
     distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output)
-    weights = file_sha256(output / "model" / "model.safetensors")
+    weights = weights_sha256(output / "model")
     write_json(output / "manifest.json", imported | {"sha256": weights, "finetuned_from": imported["sha256"]})
 
 
@@ -90,7 +90,7 @@ def _identity(settings: dict[str, Any], seed: int, student: Path, data: Path, si
     parts = {
         "settings": settings,
         "seed": seed,
-        "student": file_sha256(student / "model.safetensors"),
+        "student": weights_sha256(student),
         "data": json.loads((data / "manifest.json").read_text(encoding="utf-8"))["files"],
         "signals": signals and json.loads(signals.read_text(encoding="utf-8"))["key"],
     }
@@ -211,7 +211,7 @@ def _train(
                     "positions": positions,
                     "lr": rates[step - 1],
                     "progress": progress[step - 1],
-                    **targets_of_step.means,
+                    **targets_of_step.summary,
                 },
                 terms | {"grad_norm": norm},
                 seconds_before + time.monotonic() - began,

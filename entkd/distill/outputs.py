@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.checkpoint import refuse_full_disk
-from entkd.provenance import file_sha256, write_json
+from entkd.models import save_model, weights_sha256
+from entkd.provenance import write_json
 
 
 def finished(output: Path, identity: str) -> bool:
@@ -25,7 +23,7 @@ def finished(output: Path, identity: str) -> bool:
     record = output / "run.json"
     if not record.exists():
         return False
-    return json.loads(record.read_text(encoding="utf-8"))["identity"] == identity
+    return bool(json.loads(record.read_text(encoding="utf-8"))["identity"] == identity)
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -38,24 +36,14 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_outputs(
     output: Path,
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     save_dtype: str,
     metrics: list[dict[str, Any]],
     record: dict[str, Any],
 ) -> None:
-    """Write ``model/``, ``metrics.jsonl`` and, last, ``run.json``.
-
-    The folder is made under a temporary name: a kill between two files leaves nothing that looks complete.
-    """
-    temporary = output / "model.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    with refuse_full_disk(temporary / "model.safetensors"):
-        model.to(getattr(torch, save_dtype)).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    weights = file_sha256(temporary / "model.safetensors")
-    shutil.rmtree(output / "model", ignore_errors=True)
-    os.replace(temporary, output / "model")
+    """Write ``model/``, ``metrics.jsonl`` and, last, ``run.json``."""
+    with refuse_full_disk(output / ".model.partial" / "model.safetensors"):
+        save_model(model.to(getattr(torch, save_dtype)), tokenizer, output / "model")
     write_metrics(output / "metrics.jsonl", metrics)
-    write_json(output / "run.json", record | {"weights_sha256": weights})
+    write_json(output / "run.json", record | {"weights_sha256": weights_sha256(output / "model")})

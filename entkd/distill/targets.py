@@ -36,8 +36,8 @@ class Step:
     """|H|, tokens with a feature loss."""
     tokens: int
     """Tokens through the trunk, padding included."""
-    means: dict[str, float]
-    """Means over the step's tokens for the log: weight, weight × scale, temperature, share of hard tokens."""
+    summary: dict[str, float]
+    """For the log: mean weight, mean weight × scale, mean temperature, number of tokens with a feature loss."""
 
 
 class TeacherTargets:
@@ -68,6 +68,9 @@ class TeacherTargets:
         )
         self.difficulty_R = self.store.difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
         self._check_capabilities()
+        if method.features is not None:
+            stride = len(self.store.feature_layers) // method.features.points
+            self.teacher_layers = self.store.feature_layers[stride - 1 :: stride]
 
     def _check_capabilities(self) -> None:
         method, store = self.method, self.store
@@ -76,10 +79,10 @@ class TeacherTargets:
                 f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
                 "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
             )
-        if method.features is not None and len(store.feature_layers) != method.features.points:
+        if method.features is not None and len(store.feature_layers) % method.features.points:
             raise UserError(
                 f"method.features.points: {method.features.points} layer pairs, but the signals hold the teacher's "
-                f"layers {list(store.feature_layers)}; all arms of an experiment need the same number of points"
+                f"layers {list(store.feature_layers)}; their number must be a multiple of it, see signals.features.points"
             )
 
     def step(self, batches: Sequence[Batch], progress: float) -> Step:
@@ -98,8 +101,7 @@ class TeacherTargets:
             return Step([MicroBatch(batch) for batch in batches], positions, 0, tokens, {})
         tokens_N = torch.cat([batch.tokens_N for batch in batches])
         plan = token_plan(self.difficulty_R[tokens_N], progress, self.method, tokens_N=tokens_N, seed=self.seed)
-        hard = 0 if plan.hard_N is None else int(plan.hard_N.sum())
-        if plan.hard_N is not None and not bool(self.split.has_features(tokens_N[plan.hard_N]).all()):
+        if plan.features_N is not None and not bool(self.split.has_features(tokens_N[plan.features_N]).all()):
             raise UserError(
                 f"method.features: tokens {self.method.features.tokens} with threshold {self.method.features.threshold} "
                 "need hidden states that the signals do not hold; prepare the signals for this arm too"
@@ -107,13 +109,13 @@ class TeacherTargets:
         micro_batches, start = [], 0
         for batch in batches:
             cut = slice(start, start := start + len(batch.tokens_N))
-            micro_batches.append(self._micro_batch(batch, plan.weight_N, plan.temperature_N, plan.hard_N, cut))
-        return Step(micro_batches, positions, hard, tokens, plan.means)
+            micro_batches.append(self._micro_batch(batch, plan.weight_N, plan.temperature_N, plan.features_N, cut))
+        return Step(micro_batches, positions, int(plan.summary["hard"]), tokens, plan.summary)
 
     def _micro_batch(
-        self, batch: Batch, weight_N: Tensor | None, temperature_N: Tensor | None, hard_N: Tensor | None, cut: slice
+        self, batch: Batch, weight_N: Tensor | None, temperature_N: Tensor | None, features_N: Tensor | None, cut: slice
     ) -> MicroBatch:
-        hard_H = None if hard_N is None else hard_N[cut].nonzero().squeeze(1)
+        hard_H = None if features_N is None else features_N[cut].nonzero().squeeze(1)
         return MicroBatch(
             batch,
             teacher_hidden_NE=self.split.hidden(batch.tokens_N) if self.method.divergence is not None else None,
@@ -122,5 +124,5 @@ class TeacherTargets:
             hard_H=hard_H,
             teacher_features=()
             if hard_H is None
-            else tuple(self.split.features(batch.tokens_N[hard_H], layer) for layer in self.store.feature_layers),
+            else tuple(self.split.features(batch.tokens_N[hard_H], layer) for layer in self.teacher_layers),
         )

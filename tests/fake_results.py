@@ -39,7 +39,8 @@ def fake_settings() -> dict[str, Any]:
     """Settings as the table and figure stages get them."""
     arms = [{"name": name, "role": "baseline", "divergence": ""} for name in ("sft", "seqkd")]
     arms += [{"name": name, "role": "factorial", "divergence": "forward_kl"} for name in FACTORIAL]
-    arms += [{"name": name, "role": "baseline", "divergence": "reverse_kl"} for name in ("reverse_kl", "reverse_kl_full")]
+    reverse = ("reverse_kl", "reverse_kl_full")
+    arms += [{"name": name, "role": "baseline", "divergence": "reverse_kl"} for name in reverse]
     for arm in arms:
         on = FACTORIAL["full"] if arm["name"] == "reverse_kl_full" else FACTORIAL.get(arm["name"], ())
         arm |= {component: label if component in on else "" for component, label in COMPONENTS.items()}
@@ -97,9 +98,8 @@ def fake_scores(items: pd.DataFrame) -> pd.DataFrame:
     scores = groups.agg(["mean", "sem", "count"]).reset_index()
     scores = scores.rename(columns={"mean": "value", "sem": "stderr", "count": "n"}).assign(task_version="1.0")
     kl = scores[scores["metric"] == "kl"]
-    deciles = [
-        kl.assign(metric=f"kl_decile_{k:02d}", value=kl["value"] * (0.3 + 0.14 * k), stderr=np.nan) for k in range(1, 11)
-    ]
+    factor = {f"kl_decile_{k:02d}": 0.3 + 0.14 * k for k in range(1, 11)}
+    deciles = [kl.assign(metric=metric, value=kl["value"] * f, stderr=np.nan) for metric, f in factor.items()]
     return pd.concat([scores, *deciles], ignore_index=True)
 
 
@@ -108,12 +108,12 @@ def fake_runs(seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
     rows = []
     for position, arm in enumerate(arm["name"] for arm in fake_settings()["arms"]):
         for seed in seeds:
-            features = 1.05 if "features" in FACTORIAL.get(arm, ()) else 1.0
-            cost = {"seconds": (40.0 + position + seed) * features, "tflops": 12.5 * features, "peak_gib": 1.2 * features}
-            size = {"steps": 48, "tokens": 9800 + 10 * seed, "positions": 24576, "teacher_tokens": 12000}
-            rows.append({"arm": arm, "seed": seed, **size, **cost, "resumed": 0, "device": "cpu"})
-    order = "arm seed steps tokens positions seconds tflops peak_gib teacher_tokens resumed device".split()
-    return pd.DataFrame(rows)[order]
+            more = 1.05 if "features" in FACTORIAL.get(arm, ()) else 1.0
+            cost = {"seconds": (40.0 + position + seed) * more, "tflops": 12.5 * more, "peak_gib": 1.2 * more}
+            size = {"steps": 48, "tokens": 9800 + 10 * seed, "positions": 24576}
+            rest = {"teacher_tokens": 12000, "resumed": 0, "device": "cpu"}
+            rows.append({"arm": arm, "seed": seed, **size, **cost, **rest})
+    return pd.DataFrame(rows)
 
 
 def fake_curves(seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:

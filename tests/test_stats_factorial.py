@@ -1,0 +1,128 @@
+"""entkd.stats.factorial against dummy-variable regression and numbers computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from fake_results import fake_settings
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from entkd.errors import UserError
+from entkd.stats import COMPONENTS, EFFECTS, factorial_cells, factorial_effects
+
+CELLS = list(itertools.product([0, 1], repeat=3))
+
+
+def by_name(values_CS: np.ndarray) -> dict:
+    return {effect.effect: effect for effect in factorial_effects(values_CS)}
+
+
+def test_names() -> None:
+    assert list(EFFECTS) == [
+        "curriculum",
+        "temperature",
+        "features",
+        "curriculum:temperature",
+        "curriculum:features",
+        "temperature:features",
+        "curriculum:temperature:features",
+        "full-kd",
+    ]
+
+
+def test_effects_by_hand() -> None:
+    # y = 10 + 2 c + 5 f + 3 c f, and a seed effect: the mean of c on minus off is 2 + 3/2, of f 5 + 3/2,
+    # switching c on adds 3 to the effect of f, of which the interaction is half; full − kd is 2 + 5 + 3.
+    values_CS = np.array([[10 + 2 * c + 5 * f + 3 * c * f + s for s in (0, 7, -1)] for c, _, f in CELLS])
+    effects = {name: effect.estimate for name, effect in by_name(values_CS).items()}
+    expected = dict.fromkeys(EFFECTS, 0.0) | {
+        "curriculum": 3.5,
+        "features": 6.5,
+        "curriculum:features": 1.5,
+        "full-kd": 10.0,
+    }
+    assert effects == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+def test_error_and_tests_equal_regression_on_dummies(n_seeds: int) -> None:
+    rng = np.random.default_rng(n_seeds)
+    values_CS = rng.normal(0, 1, (8, n_seeds)) + rng.normal(0, 5, n_seeds)
+    on_CF = np.repeat(np.array(CELLS), n_seeds, axis=0)
+    codes = 2.0 * on_CF - 1
+    products = [codes[:, list(f)].prod(1) for k in (1, 2, 3) for f in itertools.combinations(range(3), k)]
+    seed_dummies = np.tile(np.eye(n_seeds), (8, 1))
+    design = np.column_stack([*products, seed_dummies])
+    y = values_CS.ravel()
+    beta = np.linalg.lstsq(design, y, rcond=None)[0]
+    df = y.size - design.shape[1]
+    error = float(((y - design @ beta) ** 2).sum()) / df
+    covariance = error * np.linalg.inv(design.T @ design)
+    effects = by_name(values_CS)
+    assert df == 7 * (n_seeds - 1) == effects["curriculum"].df
+    for k, name in enumerate(list(EFFECTS)[:7]):  # an effect is twice the coefficient of its ±1 code
+        se = 2 * math.sqrt(covariance[k, k])
+        assert effects[name].estimate == pytest.approx(2 * beta[k])
+        assert effects[name].p == pytest.approx(2 * stats.t.sf(abs(2 * beta[k]) / se, df))
+        assert effects[name].high == pytest.approx(2 * beta[k] + stats.t.ppf(0.975, df) * se)
+    full_minus_kd = values_CS[7].mean() - values_CS[0].mean()
+    se = math.sqrt(2 * error / n_seeds)
+    assert effects["full-kd"].estimate == pytest.approx(full_minus_kd)
+    assert effects["full-kd"].low == pytest.approx(full_minus_kd - stats.t.ppf(0.975, df) * se)
+
+
+def test_three_seeds_give_fourteen_degrees_of_freedom() -> None:
+    assert by_name(np.random.default_rng(0).normal(0, 1, (8, 3)))["full-kd"].df == 14
+
+
+def test_one_seed_gives_estimates_alone() -> None:
+    effect = by_name(np.arange(8.0)[:, None])["curriculum"]
+    assert effect.estimate == 4.0
+    assert math.isnan(effect.p)
+    assert math.isnan(effect.low)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=3, max_size=3), st.integers(0, 99))
+def test_what_a_seed_shares_among_the_cells_changes_nothing(shift_S: list[float], seed: int) -> None:
+    values_CS = np.random.default_rng(seed).normal(0, 1, (8, 3))
+    plain, shifted = by_name(values_CS), by_name(values_CS + np.array(shift_S))
+    for name in EFFECTS:
+        assert shifted[name].estimate == pytest.approx(plain[name].estimate, abs=1e-9)
+        assert shifted[name].p == pytest.approx(plain[name].p, abs=1e-7)
+
+
+def test_wrong_number_of_cells() -> None:
+    with pytest.raises(ValueError, match="8 cells"):
+        factorial_effects(np.zeros((7, 3)))
+
+
+def test_cells_of_the_settings() -> None:
+    cells = factorial_cells(fake_settings()["arms"])
+    assert cells is not None
+    assert list(cells.values()) == [
+        "kd",
+        "features",
+        "temperature",
+        "temperature_features",
+        "curriculum",
+        "curriculum_features",
+        "curriculum_temperature",
+        "full",
+    ]
+    assert list(cells) == [tuple(bool(x) for x in cell) for cell in CELLS]
+
+
+def test_no_complete_factorial_is_none() -> None:
+    assert factorial_cells([arm for arm in fake_settings()["arms"] if arm["name"] != "full"]) is None
+
+
+def test_two_arms_in_one_cell_are_refused() -> None:
+    arms = [*fake_settings()["arms"], {"name": "inverse", "role": "factorial", "temperature": "c=-0.5"} | dict.fromkeys(
+        [c for c in COMPONENTS if c != "temperature"], "")]  # fmt: skip
+    with pytest.raises(UserError, match=r"arms\.inverse\.role.*`temperature`.*arms\.temperature.*control"):
+        factorial_cells(arms)

@@ -1,0 +1,138 @@
+"""What each job of the workflow is told: settings as plain data, without anything that should not rerun it.
+
+Snakemake reruns a job when its settings change, so each function leaves out the names, roles and notes that decide
+nothing about the job's output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from entkd.config.arms import ResolvedArm
+from entkd.config.base import Settings
+from entkd.config.experiment import Experiment
+from entkd.config.method import Curriculum, Divergence, Features, Method, Temperature
+from entkd.config.stages import Suite, SyntheticData
+
+COMPONENTS = ("curriculum", "temperature", "features")
+FIDELITY = (("kl", "lower"), ("top1_agreement", "higher"))
+"""Metrics that scoring adds where `fidelity` is on, and which way is better."""
+
+
+def teacher_settings(experiment: Experiment) -> dict[str, Any]:
+    """For importing the teacher; fine-tuning and precision belong to other jobs."""
+    return experiment.teacher.model_dump(mode="json", exclude={"name", "prepare", "finetune", "precision"})
+
+
+def data_settings(experiment: Experiment) -> dict[str, Any]:
+    """For preparing the data."""
+    return experiment.data.model_dump(mode="json", exclude={"name"})
+
+
+def seqkd_settings(experiment: Experiment) -> dict[str, Any]:
+    """For the teacher's greedy responses to the training prompts."""
+    data = experiment.data
+    if isinstance(data, SyntheticData):
+        return {"max_response_tokens": data.max_response_tokens, "batch": data.batch}
+    return {"max_response_tokens": data.max_tokens // 2, "batch": 32}
+
+
+def signal_needs(experiment: Experiment) -> dict[str, Any]:
+    """What the store keeps; both splits always, so that turning `fidelity` on reruns no teacher."""
+    features = experiment.signals.features
+    return {"features": features and features.model_dump(mode="json"), "splits": ["train", "test"]}
+
+
+def arm_settings(experiment: Experiment, arm: ResolvedArm) -> dict[str, Any]:
+    """For training one arm: its method and the training settings, without its name and role."""
+    return {"method": arm.trained_method, "training": experiment.training.model_dump(mode="json")}
+
+
+def suite_settings(suite: Suite) -> dict[str, Any]:
+    """For scoring; `min_gap` is the table's business."""
+    settings = suite.model_dump(mode="json")
+    for task in settings["tasks"]:
+        del task["min_gap"]
+    return settings
+
+
+def analysis_settings(experiment: Experiment) -> dict[str, Any]:
+    """For table and figures: arms in words, tasks with their directions, the primary family."""
+    arms = [_arm_in_words(arm) for arm in experiment.resolved_arms.values()]
+    tasks = []
+    for name, suite in experiment.suites.items():
+        for task in suite.tasks:
+            tasks.append({"suite": name, "task": task.name} | task.model_dump(mode="json", exclude={"name"}))
+        if suite.fidelity:
+            for metric, direction in FIDELITY:
+                shared = {"metric": metric, "direction": direction, "min_gap": 0.0}
+                tasks.append({"suite": name, "task": "entkd_fidelity"} | shared)
+    return {
+        "analysis": experiment.analysis.model_dump(mode="json"),
+        "arms": arms,
+        "tasks": tasks,
+        "primary": _primary_family(experiment),
+    }
+
+
+def figure_settings(experiment: Experiment) -> dict[str, Any]:
+    """For the figures: the analysis, and the curriculum and temperature that the entropy figure draws."""
+    shown: dict[str, Any] = {}
+    for name in ("curriculum", "temperature"):
+        given = [getattr(arm.method, name) for arm in experiment.resolved_arms.values()]
+        first = next((settings for settings in given if settings is not None), None)
+        if first is not None:
+            shown[name] = first.model_dump(mode="json")
+    return analysis_settings(experiment) | {"method": shown}
+
+
+def _primary_family(experiment: Experiment) -> list[str]:
+    """The main effects of the factorial's components, and the arm with all of them against the reference."""
+    factorial = [arm for arm in experiment.resolved_arms.values() if arm.role == "factorial"]
+    varied = [name for name in COMPONENTS if len({getattr(arm.method, name) is None for arm in factorial}) == 2]
+    full = [arm.name for arm in factorial if all(getattr(arm.method, name) is not None for name in varied)]
+    if not varied or len(factorial) != 2 ** len(varied) or len(full) != 1:
+        return []
+    return [*varied, f"{full[0]}-{experiment.analysis.reference}"]
+
+
+def _arm_in_words(arm: ResolvedArm) -> dict[str, str]:
+    method = arm.method
+    return {
+        "name": arm.name,
+        "role": arm.role,
+        "curriculum": _curriculum(method.curriculum),
+        "temperature": _temperature(method.temperature),
+        "features": _features(method.features),
+        "divergence": _divergence(method),
+    }
+
+
+def _changed(settings: Settings, *but: str) -> str:
+    """`` key=value`` of every setting that is not at its default, except those named."""
+    defaults = {name: field.default for name, field in type(settings).model_fields.items()}
+    given = settings.model_dump(mode="json")
+    return "".join(f" {key}={given[key]}" for key in given if key not in but and given[key] != defaults[key])
+
+
+def _curriculum(curriculum: Curriculum | None) -> str:
+    if curriculum is None:
+        return ""
+    width = f" width={curriculum.window}" if curriculum.shape == "window" else f" κ={curriculum.kappa:g}"
+    return f"{curriculum.shape}{width}{_changed(curriculum, 'shape', 'kappa', 'window')}"
+
+
+def _temperature(temperature: Temperature | None) -> str:
+    return "" if temperature is None else f"c={temperature.c:g}{_changed(temperature, 'c')}"
+
+
+def _features(features: Features | None) -> str:
+    if features is None:
+        return ""
+    where = "" if features.tokens == "all" else f" θ={features.threshold:g}"
+    return f"{features.loss}{where}{_changed(features, 'loss', 'threshold')}"
+
+
+def _divergence(method: Method) -> str:
+    divergence: Divergence | None = method.divergence
+    return "" if divergence is None else f"{divergence.name}{_changed(divergence, 'name')}"

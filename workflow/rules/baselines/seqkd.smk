@@ -1,0 +1,38 @@
+"""SeqKD (Kim & Rush 2016): the teacher's greedy responses to the training prompts replace the training responses.
+
+Requires arms with `pipeline: seqkd`, the teacher and the data. Outputs `data/{data}.seqkd/` and these arms' students.
+"""
+
+
+rule seqkd_data:
+    input:
+        teacher="<results>/teachers/<teacher>/manifest.json",
+        data="<results>/data/<data>/manifest.json",
+    output:
+        manifest="<results>/data/<data>.seqkd/manifest.json",
+    log:
+        "<logs>/seqkd_data.log",
+    conda:
+        "entkd"
+    threads: ALL_CORES
+    resources:
+        gpu=GPUS,
+        mem_mb=MEMORY_MB,
+    params:
+        settings=canonical_json(jobs.seqkd_settings(experiment)),
+        teacher=subpath(input.teacher, parent=True),
+        data=subpath(input.data, parent=True),
+        folder=subpath(output.manifest, parent=True),
+    shell:
+        "entkd seqkd-data --settings {params.settings:q} --teacher {params.teacher:q}"
+        " --data {params.data:q} --output {params.folder:q} > {log:q} 2>&1"
+
+
+use rule distill as seqkd with:
+    input:
+        student=initial_student,
+        data="<results>/data/<data>.seqkd/manifest.json",
+        signals=signals_for("<data>.seqkd"),
+    wildcard_constraints:
+        arm=arms_of("seqkd"),
+        seed=r"\d+",

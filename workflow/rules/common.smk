@@ -1,0 +1,191 @@
+"""Lookups shared by all rules: the experiment, and what each rule takes from it. The only file with functions.
+
+Rules get their settings as one canonical JSON string, because Snakemake compares `params` to decide what to rerun.
+"""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+from snakemake.exceptions import WorkflowError
+
+from entkd.config import Experiment, canonical_json, jobs, load_experiment
+from entkd.config.errors import ConfigError, unknown_name
+
+
+def read_experiment() -> Experiment:
+    """The experiment that `--config experiment=FILE` names, with the other `--config` keys on top."""
+    if workflow.overwrite_configfiles:
+        raise WorkflowError(
+            "--configfile would merge an experiment into another one; use --config experiment=FILE, which replaces it"
+        )
+    overrides = {key: value for key, value in config.items() if key != "experiment"}
+    try:
+        return load_experiment(config.get("experiment", "config/config.yaml"), overrides)
+    except ConfigError as error:
+        raise WorkflowError(str(error))
+
+
+experiment = read_experiment()
+
+
+pathvars:
+    results=experiment.results,
+    logs=f"{experiment.results}/logs",
+    teacher=experiment.teacher.name,
+    imported=f"{experiment.teacher.name}{'.base' if experiment.teacher.finetune else ''}",
+    data=experiment.data.name,
+
+
+def gpus_per_job() -> int:
+    """GPUs that a job asks for; `auto` looks for a driver, because importing torch here would take seconds."""
+    if experiment.runtime.gpus != "auto":
+        return experiment.runtime.gpus
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return int(any(line.startswith("GPU ") for line in listing.stdout.splitlines()))
+
+
+GPUS = gpus_per_job()
+MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
+THREADS = experiment.runtime.threads
+ALL_CORES = workflow.cores or THREADS
+CACHE = str(experiment.runtime.cache)
+
+if "mem_mb" not in workflow.global_resources:  # many cores must not start more jobs than fit into memory
+    workflow.register_resource("mem_mb", max(MEMORY_MB, psutil.virtual_memory().total // 2**20))
+
+pipelines = set()
+
+
+def arms_of(pipeline: str) -> str:
+    """The wildcard constraint of a pipeline: a pattern of the names of its arms."""
+    pipelines.add(pipeline)
+    arms = experiment.resolved_arms.values()
+    names = [re.escape(arm.name) for arm in arms if arm.pipeline == pipeline]
+    return "|".join(names) or "(?!)"  # the second matches no name
+
+
+def require_known_pipelines() -> None:
+    """Refuse arms of a pipeline for which no rules file is included."""
+    for arm in experiment.resolved_arms.values():
+        if arm.pipeline not in pipelines:
+            path = f"arms.{arm.name}.pipeline"
+            raise WorkflowError(unknown_name(path, arm.pipeline, pipelines))
+
+
+def local_files(folder, *patterns) -> list[str]:
+    """Files of a local folder that the experiment names; none where it names no folder."""
+    folder = folder and Path(folder)
+    return sorted(str(file) for pattern in patterns for file in folder.glob(pattern)) if folder else []
+
+
+def teacher_files(wildcards) -> list[str]:
+    return local_files(experiment.teacher.path, "*.json", "*.safetensors")
+
+
+def student_files(wildcards) -> list[str]:
+    return local_files(experiment.student.path, "*.json", "*.safetensors")
+
+
+def data_files(wildcards) -> list[str]:
+    return [str(file) for file in getattr(experiment.data, "files", {}).values()]
+
+
+def task_files(wildcards) -> list[str]:
+    return local_files(experiment.suites[wildcards.suite].include_path, "**/*.*")
+
+
+def initial_student(wildcards) -> str:
+    """The untrained student; its weights depend on the seed only where they are random."""
+    seed = wildcards.seed if experiment.student.init == "scratch" else 0
+    return f"<results>/students/untrained/seed{seed}/manifest.json"
+
+
+def signals_for(data: str):
+    """An input function: the teacher signals on `data` for arms that read them."""
+
+    def signals(wildcards):
+        arm = experiment.resolved_arms[wildcards.arm]
+        return f"<results>/signals/<teacher>/{data}/manifest.json" if arm.method.needs_signals else []
+
+    return signals
+
+
+def fidelity_signals(wildcards):
+    fidelity = experiment.suites[wildcards.suite].fidelity
+    return "<results>/signals/<teacher>/<data>/manifest.json" if fidelity else []
+
+
+def scored_model(wildcards) -> str:
+    """The last file of the model in a row of the table: an arm's student, or one of the two references."""
+    if wildcards.arm == "teacher":
+        return "<results>/teachers/<teacher>/manifest.json"
+    last = "manifest.json" if wildcards.arm == "untrained" else "run.json"
+    return f"<results>/students/{wildcards.arm}/seed{wildcards.seed}/{last}"
+
+
+def arm_settings(wildcards) -> str:
+    return canonical_json(jobs.arm_settings(experiment, experiment.resolved_arms[wildcards.arm]))
+
+
+def suite_settings(wildcards) -> str:
+    return canonical_json(jobs.suite_settings(experiment.suites[wildcards.suite]))
+
+
+def students() -> list[str]:
+    """Folders of all trained students."""
+    return [f"<results>/students/{arm}/seed{seed}" for arm in experiment.resolved_arms for seed in experiment.seeds]
+
+
+def scores(ending: str) -> list[str]:
+    """Score files of every student, of the teacher and of the untrained student."""
+    rows = [(arm, seed) for arm in experiment.resolved_arms for seed in experiment.seeds]
+    return [
+        f"<results>/scores/{arm}/seed{seed}/{suite}{ending}"
+        for arm, seed in [("teacher", 0), ("untrained", 0), *rows]
+        for suite in experiment.suites
+    ]
+
+
+def is_published() -> bool:
+    """Whether scores.csv came without the students and score files it was made of."""
+    folder = Path(experiment.results)
+    return (folder / "scores.csv").is_file() and not (folder / "scores").exists() and not (folder / "students").exists()
+
+
+PUBLISHED = is_published()
+
+
+def result(name: str) -> list[str]:
+    """A collected file as input of the analysis; beside published scores the others may be missing."""
+    return [] if PUBLISHED and not Path(experiment.results, name).is_file() else [f"<results>/{name}"]
+
+
+def entropy_histogram() -> list[str]:
+    """The signals' histogram of the teacher's entropy, where an arm or the fidelity needs signals."""
+    arms = [arm.method.needs_signals for arm in experiment.resolved_arms.values()]
+    suites = [suite.fidelity for suite in experiment.suites.values()]
+    path = f"signals/{experiment.teacher.name}/{experiment.data.name}/entropy.csv"
+    return result(path) if any(arms + suites) else []
+
+
+def effects() -> list[str]:
+    """The effects of the components, where the factorial arms make up a design."""
+    return ["<results>/effects.csv"] if jobs.analysis_settings(experiment)["primary"] else []
+
+
+def figures() -> list[str]:
+    """Names of the figures that the inputs at hand allow."""
+    needs = {
+        "forest": True,
+        "tasks": True,
+        "curves": result("curves.csv"),
+        "effects": effects(),
+        "entropy": entropy_histogram(),
+        "cost": result("runs.csv"),
+    }
+    return [name for name, inputs in needs.items() if inputs]

@@ -1,0 +1,35 @@
+"""One student per arm and seed, for all arms without a pipeline of their own.
+
+Requires the settings `arms`, `training`, `seeds`, the untrained student, the data and, for most arms, the signals.
+Outputs `students/{arm}/seed{seed}/`: the model, metrics.jsonl, and run.json last.
+"""
+
+
+rule distill:
+    input:
+        student=initial_student,
+        data="<results>/data/<data>/manifest.json",
+        signals=signals_for("<data>"),
+    output:
+        run="<results>/students/{arm}/seed{seed}/run.json",
+        metrics="<results>/students/{arm}/seed{seed}/metrics.jsonl",
+        model="<results>/students/{arm}/seed{seed}/model/model.safetensors",
+    log:
+        "<logs>/distill.{arm}.seed{seed}.log",
+    wildcard_constraints:
+        arm=arms_of("distill"),
+        seed=r"\d+",
+    conda:
+        "entkd"
+    threads: THREADS
+    resources:
+        gpu=GPUS,
+        mem_mb=MEMORY_MB,
+    params:
+        settings=arm_settings,
+        student=subpath(input.student, parent=True),
+        data=subpath(input.data, parent=True),
+        folder=subpath(output.run, parent=True),
+    shell:
+        "entkd distill --settings {params.settings:q} --seed {wildcards.seed} --student {params.student:q}"
+        " --data {params.data:q} --signals {input.signals:q} --output {params.folder:q} > {log:q} 2>&1"

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from entkd.errors import UserError
-from entkd.stats import COMPONENTS, EFFECTS, factorial_cells, factorial_effects
+from entkd.stats import COMPONENTS, Factorial, factorial_effects, factorial_of
 
 CELLS = list(itertools.product([0, 1], repeat=3))
+DESIGN = Factorial(COMPONENTS, ("kd", "f", "t", "tf", "c", "cf", "ct", "full"))
 
 
 def by_name(values_CS: np.ndarray) -> dict:
-    return {effect.effect: effect for effect in factorial_effects(values_CS)}
+    return {effect.effect: effect for effect in factorial_effects(DESIGN, values_CS)}
 
 
 def test_names() -> None:
-    assert list(EFFECTS) == [
+    assert list(DESIGN.contrasts) == [
         "curriculum",
         "temperature",
         "features",
@@ -40,7 +41,7 @@ def test_effects_by_hand() -> None:
     # switching c on adds 3 to the effect of f, of which the interaction is half; full − kd is 2 + 5 + 3.
     values_CS = np.array([[10 + 2 * c + 5 * f + 3 * c * f + s for s in (0, 7, -1)] for c, _, f in CELLS])
     effects = {name: effect.estimate for name, effect in by_name(values_CS).items()}
-    expected = dict.fromkeys(EFFECTS, 0.0) | {
+    expected = dict.fromkeys(DESIGN.contrasts, 0.0) | {
         "curriculum": 3.5,
         "features": 6.5,
         "curriculum:features": 1.5,
@@ -65,7 +66,7 @@ def test_error_and_tests_equal_regression_on_dummies(n_seeds: int) -> None:
     covariance = error * np.linalg.inv(design.T @ design)
     effects = by_name(values_CS)
     assert df == 7 * (n_seeds - 1) == effects["curriculum"].df
-    for k, name in enumerate(list(EFFECTS)[:7]):  # an effect is twice the coefficient of its ±1 code
+    for k, name in enumerate(list(DESIGN.contrasts)[:7]):  # an effect is twice the coefficient of its ±1 code
         se = 2 * math.sqrt(covariance[k, k])
         assert effects[name].estimate == pytest.approx(2 * beta[k])
         assert effects[name].p == pytest.approx(2 * stats.t.sf(abs(2 * beta[k]) / se, df))
@@ -91,20 +92,16 @@ def test_one_seed_gives_estimates_alone() -> None:
 def test_what_a_seed_shares_among_the_cells_changes_nothing(shift_S: list[float], seed: int) -> None:
     values_CS = np.random.default_rng(seed).normal(0, 1, (8, 3))
     plain, shifted = by_name(values_CS), by_name(values_CS + np.array(shift_S))
-    for name in EFFECTS:
+    for name in DESIGN.contrasts:
         assert shifted[name].estimate == pytest.approx(plain[name].estimate, abs=1e-9)
         assert shifted[name].p == pytest.approx(plain[name].p, abs=1e-7)
 
 
-def test_wrong_number_of_cells() -> None:
-    with pytest.raises(ValueError, match="8 cells"):
-        factorial_effects(np.zeros((7, 3)))
-
-
-def test_cells_of_the_settings() -> None:
-    cells = factorial_cells(fake_settings()["arms"])
-    assert cells is not None
-    assert list(cells.values()) == [
+def test_design_of_the_settings() -> None:
+    design = factorial_of(fake_settings()["arms"])
+    assert design is not None
+    assert design.factors == COMPONENTS
+    assert design.arms == (
         "kd",
         "features",
         "temperature",
@@ -113,16 +110,30 @@ def test_cells_of_the_settings() -> None:
         "curriculum_features",
         "curriculum_temperature",
         "full",
-    ]
-    assert list(cells) == [tuple(bool(x) for x in cell) for cell in CELLS]
+    )
+    assert [tuple(int(on) for on in cell) for cell in design.cells] == CELLS
 
 
-def test_no_complete_factorial_is_none() -> None:
-    assert factorial_cells([arm for arm in fake_settings()["arms"] if arm["name"] != "full"]) is None
+def test_two_components_make_a_design_of_four_cells() -> None:
+    arms = [arm for arm in fake_settings()["arms"] if not arm["temperature"]]
+    design = factorial_of(arms)
+    assert design == Factorial(("curriculum", "features"), ("kd", "features", "curriculum", "curriculum_features"))
+    effects = factorial_effects(design, np.array([[1.0, 2], [3, 4], [6, 7], [10, 12]]))
+    assert {effect.effect: effect.estimate for effect in effects} == pytest.approx(
+        {"curriculum": 6.25, "features": 3.25, "curriculum:features": 1.25, "curriculum_features-kd": 9.5}
+    )
+    assert {effect.df for effect in effects} == {3}
+
+
+def test_incomplete_designs_are_none() -> None:
+    arms = fake_settings()["arms"]
+    assert factorial_of([arm for arm in arms if arm["name"] != "features"]) is None
+    assert factorial_of([arm for arm in arms if arm["name"] in ("kd", "full")]) is None
+    assert factorial_of([arm for arm in arms if arm["name"] in ("kd", "curriculum")]) is None
+    assert factorial_of([arm for arm in arms if arm["role"] != "factorial"]) is None
 
 
 def test_two_arms_in_one_cell_are_refused() -> None:
-    arms = [*fake_settings()["arms"], {"name": "inverse", "role": "factorial", "temperature": "c=-0.5"} | dict.fromkeys(
-        [c for c in COMPONENTS if c != "temperature"], "")]  # fmt: skip
+    inverse = dict.fromkeys(COMPONENTS, "") | {"name": "inverse", "role": "factorial", "temperature": "c=-0.5"}
     with pytest.raises(UserError, match=r"arms\.inverse\.role.*`temperature`.*arms\.temperature.*control"):
-        factorial_cells(arms)
+        factorial_of([*fake_settings()["arms"], inverse])

@@ -1,12 +1,12 @@
 """How scores become claims. Imports numpy and scipy alone.
 
 Everything is a difference in natural units (arm minus reference, on minus off) between runs of the same seed and the
-same benchmark items. ``paired`` compares two arms, ``factorial`` analyses the 2³ design of the three components,
+same benchmark items. ``paired`` compares two arms, ``factorial`` analyses the factorial of the components,
 ``families`` corrects for the number of tests and words the claim, ``power`` says what the design could have detected,
 ``gap`` is the descriptive share of the teacher's lead.
 """
 
-from entkd.stats.factorial import COMPONENTS, EFFECTS, Effect, factorial_cells, factorial_effects
+from entkd.stats.factorial import COMPONENTS, Effect, Factorial, factorial_effects, factorial_of
 from entkd.stats.families import claim, holm
 from entkd.stats.gap import fieller
 from entkd.stats.paired import LEVEL, Difference, compare
@@ -14,14 +14,14 @@ from entkd.stats.power import power, seeds_needed, smallest_detectable
 
 __all__ = [
     "COMPONENTS",
-    "EFFECTS",
     "LEVEL",
     "Difference",
     "Effect",
+    "Factorial",
     "claim",
     "compare",
-    "factorial_cells",
     "factorial_effects",
+    "factorial_of",
     "fieller",
     "holm",
     "power",

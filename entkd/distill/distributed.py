@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entkd.errors import UserError
@@ -58,6 +58,14 @@ class World:
         if self.size == 1:
             return module
         return DistributedDataParallel(module, broadcast_buffers=False)
+
+    def sum(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each scalar summed over the processes, in one collective and without a host sync."""
+        if self.size == 1:
+            return terms
+        stacked = torch.stack([value.float() for value in terms.values()])
+        dist.all_reduce(stacked)
+        return dict(zip(terms, stacked.unbind(), strict=True))
 
     def barrier(self) -> None:
         """Wait for every process."""

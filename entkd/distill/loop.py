@@ -213,7 +213,7 @@ def _train(
                     "progress": progress[step - 1],
                     **targets_of_step.summary,
                 },
-                terms | {"grad_norm": norm},
+                world.sum(terms) | {"grad_norm": norm},
                 seconds_before + time.monotonic() - began,
             )
             if step % training.eval_every == 0 or step == len(steps):
@@ -266,7 +266,7 @@ def _train(
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
             "tflops": training_tflops(student, tokens, positions, training.block, vocab_size, teacher_width),
-            "teacher_tokens": targets.store.teacher_tokens if targets.store is not None else 0,
+            "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             "resumed": resumed,
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,0 +1,1 @@
+"""Acceptability pairs from a grammar of our own, in BLiMP's format."""

@@ -1,0 +1,51 @@
+"""What the task files of this folder refer to by ``!function``."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rouge_score.rouge_scorer import RougeScorer
+
+from entkd.data.corpus import read_texts
+from entkd.tasks.minimal_pairs.generate import FILE
+
+
+def test_documents(data: str, **_metadata: Any) -> dict[str, Dataset]:
+    """The test split of a prepared data folder: id, prompt with template, response, references."""
+    rows = [
+        {
+            "id": row["id"],
+            "prompt": row["prompt"],
+            "response": row["response"],
+            "references": row.get("references") or [row["response"]],
+        }
+        for row in read_texts(data, "test")
+    ]
+    return {"test": Dataset.from_list(rows)}
+
+
+def minimal_pairs(phenomenon: str, **_metadata: Any) -> dict[str, Dataset]:
+    """The pairs of one phenomenon."""
+    rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
+    return {"test": Dataset.from_list([row for row in rows if row["UID"] == phenomenon])}
+
+
+def bits_per_byte(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
+    """Log-likelihood of the response in nats, and its bytes in UTF-8; lm-eval's aggregation divides their sums."""
+    log_likelihood, _is_greedy = results[0]
+    return {"bits_per_byte": (log_likelihood, len(doc["response"].encode("utf-8")))}
+
+
+def rouge_l(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """ROUGE-L F of the generated response, the best over the references; Porter stems, as in the literature."""
+    scores = [_scorer().score(reference, results[0])["rougeL"].fmeasure for reference in doc["references"]]
+    return {"rougeL": max(scores)}
+
+
+@cache
+def _scorer() -> RougeScorer:
+    return RougeScorer(["rougeL"], use_stemmer=True)

@@ -14,8 +14,10 @@ from entkd.config.method import (
 )
 from entkd.config.stages import (
     Analysis,
+    Data,
     HubData,
     JsonData,
+    SignalFeatures,
     Signals,
     Student,
     Suite,
@@ -31,6 +33,7 @@ __all__ = [
     "Arm",
     "CrossEntropy",
     "Curriculum",
+    "Data",
     "Difficulty",
     "Experiment",
     "Features",
@@ -39,6 +42,7 @@ __all__ = [
     "Method",
     "ResolvedArm",
     "Runtime",
+    "SignalFeatures",
     "Signals",
     "Student",
     "Suite",

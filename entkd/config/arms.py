@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import ValidationError, model_validator
 
 from entkd.config.base import Settings
-from entkd.config.errors import Problems, problems_of, show, unknown_name
+from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
 
 Role = Literal["factorial", "baseline", "control"]
@@ -28,7 +28,7 @@ class Arm(Settings):
     """One arm as written: a merge patch on the method, and what the arm is in the comparison."""
 
     role: Role = "baseline"
-    """`factorial` arms make up the design of the three components; `control` separates an idea from its side effects."""
+    """`factorial` arms are the design of the three components; a `control` separates an idea from its side effects."""
     pipeline: str = "distill"
     """Which rule trains the arm: `distill`, or a baseline pipeline with a rules file of its own such as `seqkd`."""
     patch: dict[str, Any] = {}
@@ -115,10 +115,10 @@ def expand_sweeps(arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, lis
 def resolve_arms(
     method: Method, arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, list[Any]]]
 ) -> dict[str, ResolvedArm]:
-    """Every arm with its complete method; raises Problems naming each arm where a guard fails."""
+    """Every arm with its complete method; raises ProblemsError naming each arm where a guard fails."""
     base = method.model_dump(mode="json", exclude_unset=True)
     if method.divergence is not None:  # the name is a default, which exclude_unset drops
-        base["divergence"] = method.divergence.model_dump(mode="json", exclude_unset=True) | {"name": method.divergence.name}
+        base["divergence"] |= {"name": method.divergence.name}
     resolved: dict[str, ResolvedArm] = {}
     seen: dict[str, str] = {}
     problems: list[str] = []
@@ -140,5 +140,5 @@ def resolve_arms(
             problems.append(f"arms.{name}: the same experiment as arms.{seen[key]}; remove one of them")
         seen.setdefault(key, name)
     if problems:
-        raise Problems(problems)
+        raise ProblemsError(problems)
     return resolved

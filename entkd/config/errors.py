@@ -17,7 +17,6 @@ from pydantic import BaseModel, ValidationError
 
 from entkd.errors import UserError
 
-
 EXPECTED = {
     "int": "a whole number",
     "float": "a number",
@@ -40,7 +39,7 @@ class ConfigError(UserError):
         super().__init__("\n".join(f"{source}: {problem}" if source else problem for problem in self.problems))
 
 
-class Problems(ValueError):
+class ProblemsError(ValueError):
     """Several problems found by one validator; pydantic carries it to where the file is known."""
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -60,7 +59,9 @@ def unknown_name(path: str, value: str, allowed: Iterable[str]) -> str:
     return f"{path}: unknown name `{value}`{nearest(value, names)} Known: {', '.join(names)}"
 
 
-def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = "", extra: Iterable[str] = ()) -> list[str]:
+def problems_of(
+    error: ValidationError, model: type[BaseModel], prefix: str = "", extra: Iterable[str] = ()
+) -> list[str]:
     """One line per problem of a pydantic error raised by ``model``.
 
     ``prefix`` is the dotted path at which the model stands in the file; ``extra`` are keys that are allowed
@@ -70,7 +71,7 @@ def problems_of(error: ValidationError, model: type[BaseModel], prefix: str = ""
     verbatim: list[str] = []
     for report in error.errors(include_url=False):
         cause = report.get("ctx", {}).get("error")
-        if isinstance(cause, Problems):
+        if isinstance(cause, ProblemsError):
             verbatim += cause.problems
             continue
         path, owner = _locate(model, report["loc"], prefix)
@@ -95,8 +96,8 @@ def _text(path: str, report: dict[str, Any], owner: type[BaseModel] | None, extr
         allowed = [tag.strip(" '") for tag in context.get("expected_tags", "").split(",") if tag.strip(" '")]
         discriminator = context["discriminator"].strip("'")
         if kind == "union_tag_invalid":
-            names = f"unknown name `{context['tag']}`{nearest(str(context['tag']), allowed)} Known: {', '.join(allowed)}"
-            return f"{path}.{discriminator}", names
+            hint = nearest(str(context["tag"]), allowed)
+            return f"{path}.{discriminator}", f"unknown name `{context['tag']}`{hint} Known: {', '.join(allowed)}"
         return path, f"`{discriminator}` is missing; it says which kind this is."
     if kind == "value_error":
         return path, str(context["error"])

@@ -12,10 +12,9 @@ from pydantic import Field, model_validator
 
 from entkd.config.arms import Arm, ResolvedArm, resolve_arms
 from entkd.config.base import Settings
-from entkd.config.errors import Problems, unknown_name
+from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
 from entkd.config.stages import Analysis, Data, Signals, Slug, Student, Suite, Teacher, Training
-
 
 RESULT_FOLDERS = ("data", "figures", "logs", "scores", "signals", "students", "teachers")
 """Folders of the demo's results, which no other experiment may take as its name."""
@@ -82,7 +81,7 @@ class Experiment(Settings):
             problems.append(unknown_name("analysis.reference", self.analysis.reference, resolved))
         problems += [problem for arm in resolved.values() for problem in self._lacking_signals(arm)]
         if problems:
-            raise Problems(problems)
+            raise ProblemsError(problems)
         return self
 
     def _lacking_signals(self, arm: ResolvedArm) -> Iterator[str]:
@@ -92,18 +91,19 @@ class Experiment(Settings):
             return
         path = f"arms.{arm.name}.features"
         if stored is None:
-            yield f"{path}: needs teacher hidden states, and signals.features is null; set `signals: {{features: {{}}}}`"
+            yield f"{path}: needs hidden states, and signals.features is null; set `signals: {{features: {{}}}}`"
             return
         if stored.points % wanted.points:
-            yield f"{path}.points: {wanted.points} does not divide signals.features.points {stored.points}; change one of them"
+            yield f"{path}.points: {wanted.points} does not divide signals.features.points {stored.points}; change one"
         if stored.tokens == "hard" and wanted.tokens != "hard":
             yield f"{path}.tokens: {wanted.tokens} needs `signals.features.tokens: all`"
         elif stored.tokens == "hard" and arm.method.difficulty.scale != "rank":
-            yield f"{path}: hard tokens by difficulty.scale {arm.method.difficulty.scale} need `signals.features.tokens: all`"
+            scale = arm.method.difficulty.scale
+            yield f"{path}: hard tokens by difficulty.scale {scale} need `signals.features.tokens: all`"
         elif stored.tokens == "hard" and wanted.threshold < stored.threshold:
             yield (
-                f"{path}.threshold: {wanted.threshold} is below signals.features.threshold {stored.threshold}, under which "
-                f"no hidden states are stored; set `signals.features.threshold: {wanted.threshold}`"
+                f"{path}.threshold: {wanted.threshold} is below signals.features.threshold {stored.threshold}, under "
+                f"which no hidden states are stored; set `signals.features.threshold: {wanted.threshold}`"
             )
 
     @cached_property

@@ -155,7 +155,7 @@ class Curriculum(Settings):
     @model_validator(mode="after")
     def _soft_weights_stay_non_negative(self) -> Curriculum:
         if self.shape == "soft" and abs(self.kappa) > 1:
-            raise ValueError(f"kappa {self.kappa} with shape soft makes negative weights; use |kappa| <= 1 or shape: exp")
+            raise ValueError(f"kappa {self.kappa} makes negative soft weights; use |kappa| <= 1 or shape: exp")
         return self
 
 
@@ -223,7 +223,7 @@ class Method(Settings):
         if self.divergence is None:
             for name in ("curriculum", "temperature"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} shapes the divergence term, and this method has divergence: null; set {name}: null")
+                    raise ValueError(f"{name} shapes the divergence term, which is null here; set {name}: null")
         return self
 
     @property

@@ -145,7 +145,8 @@ class _RowData(_Data):
     response: str = "response"
     """Column of the response."""
     messages: str | None = None
-    """Column of chat messages (role, content); replaces prompt and response. The last assistant turn is the response."""
+    """Column of chat messages (role, content), in place of prompt and response. The last assistant turn is the
+    response."""
     limit: int | None = Field(None, ge=1)
     """Use at most this many rows of each split."""
     dev: int = Field(64, ge=1)
@@ -238,7 +239,7 @@ class Student(Settings):
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Student:
-        needs = {"layers": ("layers",), "local": ("path",), "hub": ("repo", "revision"), "scratch": ("config",)}[self.init]
+        needs = {"layers": ["layers"], "local": ["path"], "hub": ["repo", "revision"], "scratch": ["config"]}[self.init]
         for key in ("layers", "path", "repo", "revision", "config"):
             if key in needs and not getattr(self, key):
                 raise ValueError(f"`init: {self.init}` needs `{key}`")

@@ -1,0 +1,275 @@
+"""The command line: `entkd <stage>`, one subcommand per stage of the workflow.
+
+A stage gets its settings as JSON and its files as paths; it never reads the experiment. Stages are imported only when
+they run, so that `--help` and the table need no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from entkd import __version__, config
+from entkd.config.base import Settings
+from entkd.config.errors import problems_of
+from entkd.errors import UserError
+
+S = TypeVar("S", bound=Settings)
+
+
+class DataSettings(Settings):
+    """`--settings` of prepare-data: one of several kinds."""
+
+    data: config.Data
+    """The text to learn on."""
+
+
+class ArmSettings(Settings):
+    """`--settings` of distill: what decides the trained weights, beside seed and inputs."""
+
+    method: config.Method
+    """The arm's complete method."""
+    training: config.Training
+    """Length, batch and optimizer."""
+
+
+def _parse(text: str, model: type[S], wrap: str | None = None) -> S:
+    """Settings from JSON text; ``wrap`` puts the value under this key first."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--settings: not valid JSON: {error}") from None
+    try:
+        return model.model_validate({wrap: value} if wrap else value)
+    except ValidationError as error:
+        raise UserError("\n".join(f"--settings: {problem}" for problem in problems_of(error, model))) from None
+
+
+def _prepare_teacher(args: argparse.Namespace) -> None:
+    from entkd.models import prepare_teacher
+
+    prepare_teacher(_parse(args.settings, config.Teacher), args.output)
+
+
+def _finetune_teacher(args: argparse.Namespace) -> None:
+    from entkd.distill import finetune_teacher
+
+    finetune_teacher(_parse(args.settings, config.Training), args.teacher, args.data, args.output)
+
+
+def _prepare_data(args: argparse.Namespace) -> None:
+    from entkd.data import prepare
+
+    prepare(_parse(args.settings, DataSettings, "data").data, args.teacher, args.output)
+
+
+def _seqkd_data(args: argparse.Namespace) -> None:
+    from entkd.data.seqkd import prepare_seqkd
+
+    prepare_seqkd(args.teacher, args.data, args.output, **json.loads(args.settings))
+
+
+def _signals(args: argparse.Namespace) -> None:
+    from entkd.signals.write import write_signals
+
+    settings = _parse(args.settings, config.Signals)
+    needs = json.loads(args.needs)
+    write_signals(settings, needs, args.teacher, args.data, args.cache, args.output, args.precision)
+
+
+def _signals_verify(args: argparse.Namespace) -> int:
+    from entkd.signals.verify import verify
+
+    return verify(args.signals, args.teacher, args.data, args.sample)
+
+
+def _init_student(args: argparse.Namespace) -> None:
+    from entkd.models import init_student
+
+    init_student(_parse(args.settings, config.Student), args.teacher, args.output, args.seed)
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from entkd.distill import distill
+
+    arm = _parse(args.settings, ArmSettings)
+    distill(arm.method, arm.training, args.seed, args.student, args.data, args.signals, args.output)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from entkd.score import score
+
+    suite = _parse(args.settings, config.Suite)
+    where = (args.model, args.data, args.signals, args.output, args.items)
+    score(suite, *where, arm=args.arm, seed=args.seed, suite_name=args.suite, tokenizer=None)
+
+
+def _collect_scores(args: argparse.Namespace) -> None:
+    from entkd.collect import collect_scores
+
+    collect_scores(args.files, args.output, args.items)
+
+
+def _collect_runs(args: argparse.Namespace) -> None:
+    from entkd.collect import collect_runs
+
+    collect_runs(args.folders, args.output, args.curves)
+
+
+def _table(args: argparse.Namespace) -> None:
+    from entkd.tables import make_tables
+
+    settings = json.loads(args.settings)
+    outputs = (args.output, args.markdown, args.latex, args.effects)
+    make_tables(settings, args.scores, args.items, args.runs, *outputs)
+
+
+def _figures(args: argparse.Namespace) -> None:
+    from entkd.figures import make_figures
+
+    optional = (args.effects, args.runs, args.curves, args.entropy)
+    make_figures(json.loads(args.settings), args.scores, args.table, *optional, args.output)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from entkd.config.summary import summary
+
+    print(summary(config.load_experiment(args.experiment)))
+
+
+def _config_docs(args: argparse.Namespace) -> None:
+    from entkd.config.docs import write_docs
+
+    write_docs(args.output)
+
+
+def _unlock(args: argparse.Namespace) -> None:
+    from entkd.unlock import unlock
+
+    unlock(args.snakemake)
+
+
+def _folder(text: str) -> Path:
+    """A run's folder, given as such or by its run.json."""
+    path = Path(text)
+    return path.parent if path.name == "run.json" else path
+
+
+HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
+    "--settings": (str, "settings as JSON; the keys are in config/README.md"),
+    "--needs": (str, "what is stored, as JSON: features (null, or points, tokens, threshold) and splits"),
+    "--precision": (str, "of the teacher's forward passes: auto, bf16 or fp32"),
+    "--teacher": (Path, "folder of the prepared teacher"),
+    "--student": (Path, "folder of the untrained student"),
+    "--model": (Path, "folder of the model to score"),
+    "--data": (Path, "folder of the prepared data"),
+    "--signals": (Path, "manifest of the teacher signals; nothing where the job reads none"),
+    "--cache": (Path, "folder under which the signal stores lie"),
+    "--seed": (int, "random seed"),
+    "--arm": (str, "arm that the rows belong to"),
+    "--suite": (str, "suite that the rows belong to"),
+    "--sample": (int, "number of documents to recompute (default 16)"),
+    "--scores": (Path, "scores.csv"),
+    "--table": (Path, "ablation_table.csv"),
+    "--runs": (Path, "runs.csv: costs of the runs"),
+    "--curves": (Path, "curves.csv: losses and evaluations over the steps"),
+    "--entropy": (Path, "entropy.csv of the teacher signals"),
+    "--effects": (Path, "effects.csv: effects of the components"),
+    "--items": (Path, "items.parquet: scores per benchmark item"),
+    "--markdown": (Path, "the table for people, as Markdown"),
+    "--latex": (Path, "the table for papers, as LaTeX"),
+    "--output": (Path, "what is written"),
+}
+
+Stage = tuple[Callable[[argparse.Namespace], "int | None"], str, str]
+"""Function, help, arguments; one that ends in `?` may be left out or have no value."""
+STAGES: dict[str, Stage] = {
+    "prepare-teacher": (_prepare_teacher, "import a teacher", "--settings --output"),
+    "finetune-teacher": (_finetune_teacher, "fine-tune a teacher", "--settings --teacher --data --output"),
+    "prepare-data": (_prepare_data, "read or generate text and tokenise it", "--settings --teacher --output"),
+    "seqkd-data": (_seqkd_data, "greedy teacher responses to the prompts", "--settings --teacher --data --output"),
+    "signals": (
+        _signals,
+        "store what the teacher says about each token",
+        "--settings --needs --precision --teacher --data --cache --output",
+    ),
+    "signals-verify": (
+        _signals_verify,
+        "recompute a sample of stored signals; exit status 1 where they are damaged",
+        "--signals --teacher --data --sample?",
+    ),
+    "init-student": (_init_student, "make the untrained student", "--settings --teacher --seed --output"),
+    "distill": (_distill, "train one student", "--settings --seed --student --data --signals? --output"),
+    "score": (
+        _score,
+        "score one model on a suite",
+        "--settings --model --data --signals? --arm --seed --suite --output --items",
+    ),
+    "collect-scores": (_collect_scores, "all scores in one file", "--output --items files"),
+    "collect-runs": (_collect_runs, "costs and learning curves of all runs", "--output --curves folders"),
+    "table": (
+        _table,
+        "the ablation table and the effects of the components",
+        "--settings --scores --items? --runs? --output --markdown --latex --effects",
+    ),
+    "figures": (
+        _figures,
+        "the figures, from the collected files alone",
+        "--settings --scores --table --effects? --runs? --curves? --entropy? --output",
+    ),
+    "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
+    "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),
+    "unlock": (_unlock, "free a folder whose Snakemake was killed", "snakemake"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The complete command line."""
+    main_parser = argparse.ArgumentParser(prog="entkd", description="Distil, score and compare language models.")
+    main_parser.add_argument("--version", action="version", version=__version__)
+    stages = main_parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, (function, text, arguments) in STAGES.items():
+        stage = stages.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        stage.set_defaults(function=function)
+        for argument in arguments.split():
+            option = argument.rstrip("?")
+            if option == "files":
+                stage.add_argument("files", nargs="+", type=Path, help="score files")
+            elif option == "folders":
+                stage.add_argument("folders", nargs="+", type=_folder, help="folders of runs, or their run.json")
+            elif option == "experiment":
+                stage.add_argument("experiment", nargs="?", default="config/config.yaml", help="file (%(default)s)")
+            elif option == "snakemake":
+                stage.add_argument("snakemake", nargs=argparse.REMAINDER, help="further arguments for Snakemake")
+            elif option == "--sample":
+                stage.add_argument(option, type=int, default=16, help=HELP[option][1])
+            elif argument.endswith("?"):
+                stage.add_argument(option, nargs="?", type=HELP[option][0], help=HELP[option][1])
+            else:
+                stage.add_argument(option, required=True, type=HELP[option][0], help=HELP[option][1])
+    return main_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage. A user's mistake ends with one line per problem and exit status 2."""
+    args = parser().parse_args(argv)
+    try:
+        return args.function(args) or 0
+    except (UserError, ValidationError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; free some space and run again, finished parts are kept", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""What an experiment consists of, in a screenful."""
+
+from __future__ import annotations
+
+from entkd.config import jobs
+from entkd.config.experiment import Experiment
+
+
+def summary(experiment: Experiment) -> str:
+    """Teacher, data, student, training, arms with their components, suites, and the number of jobs."""
+    teacher, data, student, training = experiment.teacher, experiment.data, experiment.student, experiment.training
+    settings = jobs.analysis_settings(experiment)
+    init = student.path or student.repo or (f"layers {list(student.layers)}" if student.init == "layers" else "random")
+    length = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
+    tokens = f"{training.blocks_per_step} × {training.block} tokens"
+    students, suites = len(settings["arms"]) * len(experiment.seeds), len(experiment.suites)
+    lines = [
+        f"experiment  {experiment.name} → {experiment.results}/",
+        f"teacher     {teacher.name} ({teacher.repo or teacher.path or teacher.source}, {teacher.prepare})",
+        f"data        {data.name} ({data.source}, {data.template} template, at most {data.max_tokens} tokens)",
+        f"student     {student.init}: {init}",
+        f"training    {length} of {tokens}, lr {training.lr:g} {training.schedule}",
+        f"suites      {', '.join(f'{name} ({len(suite.tasks)} tasks)' for name, suite in experiment.suites.items())}",
+        f"reference   {experiment.analysis.reference}",
+        f"primary     {', '.join(settings['primary']) or 'none: the factorial arms are no full factorial design'}",
+        f"jobs        {students} students ({len(settings['arms'])} arms × seeds {list(experiment.seeds)}), "
+        f"{(students + 2) * suites} scorings",
+        "",
+    ]
+    header = ("arm", "role", "pipeline", "divergence", "ce", "curriculum", "temperature", "features")
+    rows = [header]
+    for words, arm in zip(settings["arms"], experiment.resolved_arms.values(), strict=True):
+        ce = f"{arm.method.ce.weight:g}" if arm.method.ce else ""
+        cells = words | {"arm": arm.name, "pipeline": arm.pipeline, "ce": ce}
+        rows.append(tuple(cells[column] for column in header))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from entkd.data.corpus import Document, write_split
-from entkd.data.manifest import write_manifest
+from entkd.data.manifest import summarise, write_manifest
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away from the old house",
@@ -98,5 +98,8 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
             documents.append(Document(prompt, response if cut else [*response, 2], text | {"cut": cut}))
         write_split(folder, split, documents)
         splits[split] = documents
-    write_manifest(folder, {"source": "test"}, tokenizer, tiny_tokenizer, splits, {})
+    summary = {split: summarise(documents, {}) for split, documents in splits.items()}
+    write_manifest(
+        folder, {"source": "test"}, tiny_tokenizer, vocab_size=len(tokenizer), eos_token_id=2, splits=summary
+    )
     return folder

@@ -63,7 +63,12 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    # The cache is off only while this package packs documents; others load the saved model to generate.
+    model.config.use_cache = True
+    if model.generation_config is not None:
+        model.generation_config.use_cache = True
     model.save_pretrained(partial)
+    model.config.use_cache = False
     tokenizer.save_pretrained(partial)
     if folder.exists():  # Snakemake makes the folders of outputs beforehand, and a rerun replaces a model
         shutil.rmtree(folder)

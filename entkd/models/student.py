@@ -44,7 +44,9 @@ def init_student(settings: Student, teacher: str | Path, output: str | Path, see
         model = load_model(folder, trust_remote_code=settings.trust_remote_code)
         _same_tokenizer(load_tokenizer(folder), tokenizer, str(settings.path))
     else:
-        model, own = load_hub(settings.repo, settings.revision, settings.trust_remote_code, dtype=torch.float32)
+        model, own = load_hub(
+            str(settings.repo), str(settings.revision), settings.trust_remote_code, dtype=torch.float32
+        )
         _same_tokenizer(own, tokenizer, str(settings.repo))
     assert_finite(model, "student")
     vocab_rows(output_weight(model), len(tokenizer), "student")

@@ -50,7 +50,9 @@ def prepare_teacher(settings: Teacher, output: str | Path) -> None:
         tokenizer = load_tokenizer(folder, settings.trust_remote_code)
         origin = {"path": str(settings.path)}
     else:
-        model, tokenizer = load_hub(settings.repo, settings.revision, settings.trust_remote_code, dtype="auto")
+        model, tokenizer = load_hub(
+            str(settings.repo), str(settings.revision), settings.trust_remote_code, dtype="auto"
+        )
         origin = {"repo": settings.repo, "revision": settings.revision}
     what = f"teacher {settings.name}"
     assert_finite(model, what)
@@ -99,7 +101,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_hub(
-    repo: str | None, revision: str | None, trust_remote_code: bool, dtype: torch.dtype | str
+    repo: str, revision: str, trust_remote_code: bool, dtype: torch.dtype | str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer from a hub repository at one commit. Reads safetensors only."""
     source = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -1,0 +1,157 @@
+"""Batched generation with a key-value cache, for synthetic data and SeqKD.
+
+A loop of our own instead of ``model.generate``: prompts are sorted by length, finished rows leave the batch, and
+the nucleus is sampled without sorting the vocabulary; on two CPU cores that is several times faster.
+Shape suffixes: B rows of the running batch, L prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+_COMPACT_BELOW = 0.875
+"""Finished rows leave when no more than this share of the batch is still running: leaving copies the cache."""
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    batch: int = 64,
+    eos_token_id: int | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Continue every prompt until EOS or ``max_new_tokens``; EOS is part of the continuation.
+
+    Parameters
+    ----------
+    temperature
+        0 is greedy; otherwise sampling from softmax(logits / temperature), from its ``top_p`` nucleus.
+    generator
+        CPU generator of the samples. They depend on ``batch`` too, as it decides which rows draw together.
+    eos_token_id
+        The token that ends a continuation; the tokenizer's EOS by default.
+    progress
+        Label of the progress bar; none by default.
+
+    Returns
+    -------
+    One list of token ids per prompt, in the order of the prompts.
+    """
+    eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    # Rows of one length need no padding, and the longest batch first shows at once whether memory suffices.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), desc=progress, disable=progress is None, mininterval=2.0) as bar:
+        for start in range(0, len(order), batch):
+            rows = order[start : start + batch]
+            running = _Batch.start(model, [prompts[row] for row in rows], pad_id=eos)
+            for _ in range(max_new_tokens):
+                logits_BV = running.next_logits(model)[:, : len(tokenizer)].float().cpu()
+                tokens_B = choose(logits_BV, temperature, top_p, generator)
+                for row, token in running.append(tokens_B, eos):
+                    outputs[rows[row]].append(token)
+                    bar.update(token == eos or len(outputs[rows[row]]) == max_new_tokens)
+                if not running.active_B.any():
+                    break
+    return outputs
+
+
+@dataclass
+class _Batch:
+    """Rows that are being continued together, left-padded to one length."""
+
+    ids: torch.Tensor
+    """(B, new) tokens that the cache does not hold yet."""
+    mask_BL: torch.Tensor
+    """1 where a token is, 0 where padding is; all tokens so far."""
+    positions: torch.Tensor
+    """(B, new) positions of ``ids``, counted without padding."""
+    rows_B: torch.Tensor
+    """Index of each row in the batch as it started."""
+    active_B: torch.Tensor
+    """Rows that have not ended."""
+    cache: DynamicCache
+
+    @classmethod
+    def start(cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> _Batch:
+        longest = max(map(len, prompts))
+        ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask_BL = torch.tensor(mask, device=model.device)
+        return cls(
+            torch.tensor(ids, device=model.device),
+            mask_BL,
+            (mask_BL.cumsum(-1) - 1).clamp_min(0),
+            torch.arange(len(prompts)),
+            torch.ones(len(prompts), dtype=torch.bool),
+            DynamicCache(config=model.config),
+        )
+
+    def next_logits(self, model: PreTrainedModel) -> torch.Tensor:
+        """(B, V) logits of each row's next token."""
+        output = model(
+            input_ids=self.ids,
+            attention_mask=self.mask_BL,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def append(self, tokens_B: torch.Tensor, eos: int) -> list[tuple[int, int]]:
+        """Add a token to every row; returns (row, token) of those that were active, and drops ended rows."""
+        added = list(zip(self.rows_B[self.active_B].tolist(), tokens_B[self.active_B].tolist(), strict=True))
+        self.active_B &= tokens_B != eos
+        self.ids = tokens_B[:, None].to(self.ids.device)
+        self.positions = self.positions[:, -1:] + 1
+        self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], dim=1)
+        active = int(self.active_B.sum())
+        if 0 < active <= _COMPACT_BELOW * len(self.rows_B):
+            keep = self.active_B.nonzero()[:, 0]
+            self.rows_B, self.active_B = self.rows_B[keep], self.active_B[keep]
+            keep = keep.to(self.ids.device)
+            self.ids, self.positions, self.mask_BL = self.ids[keep], self.positions[keep], self.mask_BL[keep]
+            self.cache.batch_select_indices(keep)
+        return added
+
+
+def choose(
+    logits_BV: torch.Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The next token of each row: the most probable one at temperature 0, otherwise a sample.
+
+    The nucleus is the smallest set of most probable tokens with mass ``top_p``: a token is in it exactly when
+    the tokens above it have less mass than that. So a sample of the full distribution is kept if it is in the
+    nucleus and drawn again if not, which needs no sorting and is exact.
+    """
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    probs_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    cumulative_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+    tokens_B = torch.full((len(probs_BV),), -1)
+    pending = torch.arange(len(probs_BV))
+    while len(pending):
+        cdf_BV = cumulative_BV[pending]
+        uniform_B1 = torch.rand(len(pending), 1, generator=generator, dtype=torch.float64) * cdf_BV[:, -1:]
+        drawn_B1 = torch.searchsorted(cdf_BV, uniform_B1, right=True).clamp_max(probs_BV.shape[-1] - 1)
+        tokens_B[pending] = drawn_B1[:, 0]
+        if top_p == 1:
+            return tokens_B
+        own_B1 = probs_BV[pending].gather(1, drawn_B1)
+        above_B = torch.where(probs_BV[pending] > own_B1, probs_BV[pending], 0.0).sum(-1)
+        pending = pending[above_B >= top_p]
+    return tokens_B

@@ -1,0 +1,5 @@
+"""The teacher signal store: what the teacher says of every response token, computed once for all arms and seeds."""
+
+from entkd.signals.store import SignalStore, SplitSignals
+
+__all__ = ["SignalStore", "SplitSignals"]

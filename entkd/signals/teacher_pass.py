@@ -1,0 +1,213 @@
+"""Forward passes of the teacher over documents, and what is kept of them.
+
+Only positions that predict a response token meet the output projection, a tile of them at a time, so there is
+never a tensor of all tokens × vocabulary. Shape suffixes: B rows, L tokens of a row, N predicting positions, R rows of the result
+(response tokens in the order of the documents), E width, U tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from entkd.data import Corpus, read_texts
+from entkd.data.packing import Batch, Block, collate, pack
+from entkd.entropy import token_entropy
+from entkd.errors import UserError
+from entkd.models import assert_linear_head, load_model, output_weight_VD, trunk_forward, vocab_rows
+from entkd.signals.content import feature_layers
+from entkd.signals.store import STATISTICS, response_tokens
+
+TILE_ELEMENTS = 2**24
+"""Logits in a tile: 64 MiB of fp32."""
+
+Select = Callable[[Tensor], Tensor]
+"""Entropies (N,) → bool (N,): whose features are kept."""
+
+
+@dataclass
+class PassResult:
+    """Signals of some documents; rows are their response tokens, in the order of ``documents``."""
+
+    documents: NDArray[np.int64]
+    response_lengths: NDArray[np.int64]
+    statistics: dict[str, Tensor]
+    """``entropy``, ``logsumexp``, ``target_logprob``: (R,) fp32, nats."""
+    hidden_RE: Tensor
+    """bf16."""
+    feature_rows: Tensor
+    """int64 rows that have features, ascending."""
+    features: dict[int, Tensor]
+    """Layer → bf16 states of these rows."""
+    has_inf_logits: bool
+
+    def keep_features(self, select: Select) -> None:
+        """Drop the features of rows that are not selected."""
+        kept = select(self.statistics["entropy"][self.feature_rows])
+        self.feature_rows = self.feature_rows[kept]
+        self.features = {layer: states[kept] for layer, states in self.features.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of a shard."""
+        return {
+            "documents": torch.from_numpy(self.documents),
+            "response_lengths": torch.from_numpy(self.response_lengths),
+            **self.statistics,
+            "hidden": self.hidden_RE,
+            "feature_rows": self.feature_rows,
+            **{f"feature_{layer}": states for layer, states in self.features.items()},
+        }
+
+
+class TeacherPass:
+    """A loaded teacher and the settings of its forward passes.
+
+    Parameters
+    ----------
+    folder
+        The prepared teacher.
+    vocab_size
+        Tokens of the tokenizer; rows of the head beyond are padding and are cut off.
+    needs
+        What the arms need, see `entkd.signals.content.describe_content`.
+    dtype
+        Precision of the trunk. The output projection is always computed in fp32.
+    batch_tokens
+        Tokens in one forward pass.
+
+    Raises
+    ------
+    UserError
+        If the head has fewer rows than ``vocab_size``, or logits are no plain linear map of the hidden state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        needs: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        batch_tokens: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        model = load_model(folder, dtype="auto")
+        self.head_rows = vocab_rows(output_weight_VD(model), vocab_size, f"teacher {folder}")
+        assert_linear_head(model, f"teacher {folder}")
+        # Taken before the trunk changes type: arms project with the head as it is stored.
+        self.head_UE = output_weight_VD(model)[:vocab_size].detach().cpu().clone()
+        self.layers = feature_layers(needs, model.config.num_hidden_layers)
+        self._model = model
+        self._model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # Transformers' annotation
+        self._head_device_UE = self.head_UE.to(device=device, dtype=torch.float32)
+        self._device = device
+        self._batch_tokens = batch_tokens
+        self._advance = advance
+
+    @torch.inference_mode()
+    def run(self, data: Path, split: str, documents: NDArray[np.int64], select: Select | None) -> PassResult:
+        """Signals of the ``documents`` (ascending indices) of a split.
+
+        In the training split, features are kept of the rows that ``select`` chooses, or of all where it is None.
+        """
+        corpus = Corpus.open(data, split)
+        layers = self.layers if split == "train" else ()
+        tokens_R = response_tokens(corpus.response_offsets, documents)
+        statistics = {name: torch.empty(len(tokens_R)) for name in STATISTICS}
+        hidden_RE = torch.empty(len(tokens_R), self.head_UE.shape[1], dtype=torch.bfloat16)
+        rows: list[Tensor] = []
+        states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        has_inf_logits = False
+        for blocks, length in plan_batches(corpus.lengths, documents, self._batch_tokens):
+            batch = collate(corpus, blocks, length, pad_id=0).to(self._device)
+            hidden_NE, captured, found, inf = self._forward(batch, layers)
+            has_inf_logits |= inf
+            self._refuse_non_finite(batch, [found["logsumexp"], *captured.values()], corpus, data, split)
+            row_N = torch.from_numpy(np.searchsorted(tokens_R, batch.tokens_N.cpu().numpy()))
+            for name, values_N in found.items():
+                statistics[name][row_N] = values_N.cpu()
+            hidden_RE[row_N] = hidden_NE.to(torch.bfloat16).cpu()
+            if layers:
+                kept = (
+                    torch.ones_like(row_N, dtype=torch.bool) if select is None else select(statistics["entropy"][row_N])
+                )
+                rows.append(row_N[kept])
+                for layer, states_NE in captured.items():
+                    states[layer].append(states_NE[kept.to(self._device)].to(torch.bfloat16).cpu())
+            self._advance(int(corpus.lengths[np.concatenate(blocks)].sum()))
+        feature_rows, order = torch.cat(rows).sort() if rows else (torch.empty(0, dtype=torch.int64), torch.empty(0))
+        return PassResult(
+            documents,
+            corpus.response_lengths[documents],
+            statistics,
+            hidden_RE,
+            feature_rows,
+            {layer: torch.cat(parts)[order] for layer, parts in states.items()},
+            has_inf_logits,
+        )
+
+    def _forward(
+        self, batch: Batch, layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
+        hidden_BLE, captured = trunk_forward(self._model, batch.input_ids_BL, batch.position_ids_BL, capture=layers)
+        hidden_NE = hidden_BLE.flatten(0, 1)[batch.positions_N]
+        states = {layer: captured[layer].flatten(0, 1)[batch.positions_N] for layer in layers}
+        statistics, has_inf_logits = token_statistics(hidden_NE, self._head_device_UE, batch.labels_N)
+        return hidden_NE, states, statistics, has_inf_logits
+
+    def _refuse_non_finite(self, batch: Batch, outputs: list[Tensor], corpus: Corpus, data: Path, split: str) -> None:
+        """Name the document where the teacher's output is NaN or infinite. A −inf logit is neither."""
+        bad_N = torch.zeros(len(batch.tokens_N), dtype=torch.bool, device=self._device)
+        for output in outputs:
+            bad_N |= ~torch.isfinite(output.reshape(len(bad_N), -1)).all(dim=1)
+        if bool(bad_N.any()):
+            token = int(batch.tokens_N[bad_N][0])
+            document = int(np.searchsorted(corpus.response_offsets, token, side="right")) - 1
+            raise UserError(
+                f"teacher: NaN or infinite output in {int(bad_N.sum())} tokens, first at response token "
+                f"{token - int(corpus.response_offsets[document])} of {split} document {read_texts(data, split)[document]['id']!r}; "
+                "run with teacher.precision: fp32, or get an intact teacher"
+            )
+
+
+def token_statistics(hidden_NE: Tensor, head_UE: Tensor, target_N: Tensor) -> tuple[dict[str, Tensor], bool]:
+    """Entropy, logsumexp and log-probability of the target, (N,) fp32 in nats, and whether any logit is −inf.
+
+    The hidden state is used as it comes, before any rounding for storage; logits are fp32 and exist for one
+    tile of tokens at a time.
+    """
+    tile = max(1, TILE_ELEMENTS // len(head_UE))
+    found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    has_inf_logits = False
+    for part, target in zip(hidden_NE.split(tile), target_N.split(tile), strict=True):
+        logits_NU = part.float() @ head_UE.T
+        logsumexp_N = logits_NU.logsumexp(dim=1)
+        found["entropy"].append(token_entropy(logits_NU))
+        found["logsumexp"].append(logsumexp_N)
+        found["target_logprob"].append(logits_NU.gather(1, target[:, None])[:, 0] - logsumexp_N)
+        has_inf_logits |= bool(torch.isneginf(logits_NU.amin()))
+    return {name: torch.cat(parts) for name, parts in found.items()}, has_inf_logits
+
+
+def plan_batches(
+    lengths: NDArray[np.int64], documents: NDArray[np.int64], batch_tokens: int
+) -> Iterator[tuple[list[Block], int]]:
+    """Forward passes over the documents: blocks and the length of a block.
+
+    Longest documents first, and a block is as long as the longest document of its own pass, so neighbours in a
+    pass are of like length and little of it is padding.
+    """
+    order = documents[np.argsort(-lengths[documents], kind="stable")]
+    while len(order):
+        block = int(lengths[order[0]])
+        rows = max(1, batch_tokens // block)
+        blocks = pack(lengths, block, order[:batch_tokens])[:rows]
+        yield blocks, block
+        order = order[sum(len(part) for part in blocks) :]

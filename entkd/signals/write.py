@@ -1,0 +1,250 @@
+"""The teacher pass: writes the signal store that all arms and seeds of an experiment read.
+
+Every document goes through the teacher once. The calibration documents come first: their entropies fix the
+difficulty, which decides whose features are kept, in them and in all documents after them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor
+
+from entkd.config import Signals
+from entkd.data import Corpus
+from entkd.entropy import Difficulty
+from entkd.provenance import file_sha256, write_json
+from entkd.runtime import device_slot, numpy_stream, resolve_dtype
+from entkd.signals.content import FORMAT, content_key, describe_content
+from entkd.signals.files import locked, read_header, write_tensors
+from entkd.signals.histogram import write_entropy_csv
+from entkd.signals.progress import TokenProgress
+from entkd.signals.store import SignalStore
+from entkd.signals.teacher_pass import PassResult, Select, TeacherPass
+
+HEAD, CALIBRATION, MANIFEST = "head.safetensors", "calibration.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the store: some documents of a split."""
+
+    split: str
+    index: int
+    documents: NDArray[np.int64]
+    """Ascending document indices."""
+    calibration: bool
+    """Whether the difficulty is fitted on these documents."""
+
+    @property
+    def file(self) -> str:
+        """Name in the store's folder."""
+        return f"{self.split}-{self.index:05d}.safetensors"
+
+
+def write_signals(
+    settings: Signals, needs: dict[str, Any], teacher: Path, data: Path, cache: Path, output: Path, precision: str
+) -> None:
+    """Make sure that the store is complete, and write a manifest that points to it and ``entropy.csv`` beside it.
+
+    A complete store of the same content is used as it is, without loading the teacher. An interrupted one is
+    continued after its last whole shard.
+
+    Parameters
+    ----------
+    settings
+        What is stored and in which portions.
+    needs
+        ``{"features": null | {"points", "tokens": "hard" | "all", "threshold"}, "splits": ["train", ...]}``.
+    teacher, data
+        Folders of the prepared teacher and of the prepared data.
+    cache
+        Folder of all stores; this one is ``cache/signals/<first 16 digits of its key>/``.
+    output
+        The manifest to write.
+    precision
+        ``auto``, ``bf16`` or ``fp32``: of the teacher's trunk. Logits are fp32 always.
+
+    Raises
+    ------
+    UserError
+        If data and teacher do not fit together, the teacher's output is NaN or infinite, or the disk is full.
+    """
+    dtype = resolve_dtype(precision, "cuda" if torch.cuda.is_available() else "cpu")
+    content = describe_content(settings, needs, teacher, data, dtype)
+    key = content_key(content)
+    folder = cache / "signals" / key[:16]
+    with locked(folder):
+        if _is_complete(folder):
+            print(f"{folder}: teacher signals found complete", file=sys.stderr, flush=True)
+        else:
+            with device_slot() as device:
+                _fill(folder, key, content, settings, teacher, data, dtype, device)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    # Relative, so that a project folder can be moved with its cache.
+    pointer = {"store": os.path.relpath(folder, output.parent), "key": key}
+    shown = ("vocab_size", "width", "feature_layers", "has_inf_logits", "summary")
+    store = SignalStore(folder, manifest)
+    write_entropy_csv(output.parent / "entropy.csv", store.split("train").entropy_R, store.difficulty)
+    write_json(output, pointer | {name: manifest[name] for name in shown})
+
+
+def plan_shards(settings: Signals, splits: list[str], data: Path) -> list[Shard]:
+    """All shards: the calibration documents' first, then each split's in the order of its documents.
+
+    Calibration documents are drawn without replacement until they have ``calibration_tokens`` response tokens.
+    """
+    shards = []
+    for split in splits:
+        lengths = Corpus.open(data, split).response_lengths
+        order = numpy_stream(0, "calibration").permutation(len(lengths))
+        count = int(np.searchsorted(np.cumsum(lengths[order]), settings.calibration_tokens)) + 1
+        chosen = np.sort(order[:count] if split == "train" else order[:0])
+        rest = np.setdiff1d(np.arange(len(lengths)), chosen)
+        index = 0
+        for documents, calibration in ((chosen, True), (rest, False)):
+            # A shard ends with the document in which the running count passes a multiple of shard_tokens.
+            before = np.cumsum(lengths[documents]) - lengths[documents]
+            cuts = np.flatnonzero(np.diff(before // settings.shard_tokens)) + 1
+            for part in np.split(documents, cuts) if len(documents) else ():
+                shards.append(Shard(split, index, part, calibration))
+                index += 1
+    return sorted(shards, key=lambda shard: not shard.calibration)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether the store has its manifest and every file of it in full length."""
+    if not (folder / MANIFEST).is_file():
+        return False
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    damaged = [
+        name
+        for name, entry in manifest["files"].items()
+        if not (folder / name).is_file() or (folder / name).stat().st_size != entry["bytes"]
+    ]
+    for name in damaged:
+        print(f"{folder / name}: missing or cut short; it is written again", file=sys.stderr, flush=True)
+        (folder / name).unlink(missing_ok=True)
+    return not damaged
+
+
+def _fill(
+    folder: Path,
+    key: str,
+    content: dict[str, Any],
+    settings: Signals,
+    teacher: Path,
+    data: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Write what is missing of the store, its manifest last."""
+    began = time.monotonic()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+    needs = content["needs"]
+    shards = plan_shards(settings, needs["splits"], data)
+    whole = {shard.file for shard in shards if _is_whole(folder, shard, key)}
+    calibrated = (read_header(folder / CALIBRATION) or {}).get("key") == key
+    if not calibrated:  # its shards, if any, were filtered by another difficulty
+        whole -= {shard.file for shard in shards if shard.calibration}
+    lengths = {split: Corpus.open(data, split).lengths for split in needs["splits"]}
+    missing = [shard for shard in shards if shard.file not in whole]
+    total = sum(int(lengths[shard.split][shard.documents].sum()) for shard in missing)
+    with TokenProgress("teacher signals", total) as progress:
+        run = TeacherPass(teacher, content["vocab_size"], needs, dtype, device, settings.batch_tokens, progress.advance)
+        write_tensors(folder / HEAD, {"weight": run.head_UE}, {"key": key})
+        fresh = [] if calibrated else [shard for shard in shards if shard.calibration]
+        # Their features wait in memory, unfiltered, until the difficulty that filters them is fitted.
+        held = [run.run(data, shard.split, shard.documents, None) for shard in fresh]
+        if not calibrated:
+            entropy_N = torch.cat([result.statistics["entropy"] for result in held])
+            write_tensors(folder / CALIBRATION, Difficulty.fit(entropy_N).state(), {"key": key})
+        select = _selection(needs["features"], Difficulty.from_state(load_file(folder / CALIBRATION)))
+        for shard, result in zip(fresh, held, strict=True):
+            if select is not None:
+                result.keep_features(select)
+            _write_shard(folder, shard, result, key)
+        for shard in missing[len(fresh) :]:
+            _write_shard(folder, shard, run.run(data, shard.split, shard.documents, select), key)
+    manifest = _describe_store(folder, key, content, shards)
+    manifest["feature_layers"] = list(run.layers)
+    manifest["summary"] |= {
+        "teacher_tokens": sum(int(per_document.sum()) for per_document in lengths.values()),
+        "seconds": round(time.monotonic() - began, 1),
+        "shards_found": len(whole),
+        "head_rows_cut": run.head_rows - content["vocab_size"],
+    }
+    write_json(folder / MANIFEST, manifest)
+
+
+def _is_whole(folder: Path, shard: Shard, key: str) -> bool:
+    """Whether the shard is there. Files get their final name when they are complete, and say what they are."""
+    header = read_header(folder / shard.file)
+    return header is not None and (header["key"], header["split"], header["index"]) == (key, shard.split, shard.index)
+
+
+def _write_shard(folder: Path, shard: Shard, result: PassResult, key: str) -> None:
+    header = {"key": key, "split": shard.split, "index": shard.index, "has_inf_logits": result.has_inf_logits}
+    write_tensors(folder / shard.file, result.tensors(), header)
+
+
+def _selection(features: dict[str, Any] | None, difficulty: Difficulty) -> Select | None:
+    """Whose features are kept: hard tokens, or None for all."""
+    if features is None or features["tokens"] == "all":
+        return None
+    threshold = features["threshold"]
+
+    def is_hard(entropy_N: Tensor) -> Tensor:
+        difficulty_N: Tensor = difficulty(entropy_N)
+        return difficulty_N > threshold
+
+    return is_hard
+
+
+def _describe_store(folder: Path, key: str, content: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+    """The manifest, from the finished files."""
+    splits: dict[str, Any] = {}
+    tokens = feature_tokens = 0
+    has_inf_logits = False
+    for shard in shards:
+        tensors = load_file(folder / shard.file)
+        header = read_header(folder / shard.file) or {}
+        has_inf_logits |= header["has_inf_logits"]
+        tokens += len(tensors["entropy"])
+        feature_tokens += len(tensors["feature_rows"])
+        entry = splits.setdefault(shard.split, {"documents": 0, "response_tokens": 0, "shards": []})
+        entry["documents"] += len(shard.documents)
+        entry["response_tokens"] += len(tensors["entropy"])
+        entry["shards"].append(shard.file)
+    names = [HEAD, CALIBRATION, *(shard.file for shard in shards)]
+    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    shard_bytes = sum(files[shard.file]["bytes"] for shard in shards)
+    return {
+        "format": FORMAT,
+        "key": key,
+        "content": content,
+        "vocab_size": content["vocab_size"],
+        "width": load_file(folder / HEAD)["weight"].shape[1],
+        "has_inf_logits": has_inf_logits,
+        "splits": splits,
+        "files": files,
+        "summary": {
+            "response_tokens": tokens,
+            "feature_tokens": feature_tokens,
+            "bytes": sum(entry["bytes"] for entry in files.values()),
+            "bytes_per_token": round(shard_bytes / tokens, 1),
+        },
+    }

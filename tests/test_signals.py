@@ -1,0 +1,573 @@
+"""The teacher signal store, against direct computations on unpacked documents."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import entkd.signals.teacher_pass
+import entkd.signals.write
+from conftest import tiny_llama
+from entkd.config import Signals
+from entkd.data import Corpus
+from entkd.data.corpus import Document, write_split
+from entkd.errors import UserError
+from entkd.models.teacher import write_manifest as write_teacher_manifest
+from entkd.signals import SignalStore
+from entkd.signals.content import content_key, describe_content
+from entkd.signals.files import StoreWriteError, locked, write_tensors
+from entkd.signals.store import response_tokens
+from entkd.signals.teacher_pass import plan_batches, token_statistics
+from entkd.signals.verify import verify
+from entkd.signals.write import plan_shards, write_signals
+
+SETTINGS = Signals(calibration_tokens=150, shard_tokens=120, batch_tokens=96)
+HARD = {"features": {"points": 3, "tokens": "hard", "threshold": 0.8}, "splits": ["train", "test"]}
+ALL = {"features": {"points": 2, "tokens": "all", "threshold": 0.8}, "splits": ["train"]}
+
+
+def as_teacher(model: LlamaForCausalLM, tokenizer: Path, folder: Path) -> Path:
+    """A prepared teacher folder: model/ and manifest.json."""
+    model.save_pretrained(folder / "model")
+    PreTrainedTokenizerFast.from_pretrained(tokenizer).save_pretrained(folder / "model")
+    shutil.copy(tokenizer / "tokenizer.json", folder / "model")
+    write_teacher_manifest(folder, {"source": "test"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Random tiny Llama whose head has 20 rows of padding, which must change nothing."""
+    tokens = len(PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer))
+    return as_teacher(tiny_llama(tokens + 20), tiny_tokenizer, tmp_path_factory.mktemp("signals-teacher"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tiny_corpus: Path) -> Path:
+    """Manifest of a store with features of hard tokens."""
+    folder = tmp_path_factory.mktemp("signals")
+    output = folder / "results" / "manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, folder / "cache", output, "fp32")
+    return output
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forward pass of the teacher."""
+    counted: list[int] = []
+    plain = entkd.signals.teacher_pass.trunk_forward
+
+    def counting(model, input_ids_BL, position_ids_BL, capture=()):
+        assert not model.training and torch.is_inference_mode_enabled()
+        counted.append(input_ids_BL.numel())
+        return plain(model, input_ids_BL, position_ids_BL, capture=capture)
+
+    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", counting)
+    return counted
+
+
+def direct(teacher: Path, data: Path, split: str) -> dict[str, np.ndarray]:
+    """Signals by the model's own logits and layer outputs in fp64, one unpacked document at a time."""
+    model = LlamaForCausalLM.from_pretrained(teacher / "model", dtype=torch.float64).eval()
+    vocab_size = json.loads((data / "manifest.json").read_text())["vocab_size"]
+    outputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda _m, _a, out, index=index: outputs.__setitem__(index, out))
+    found: dict[str, list[torch.Tensor]] = {}
+    ids, offsets, prompts = (np.load(data / f"{split}.{name}.npy") for name in ("ids", "offsets", "prompt_lengths"))
+    for start, stop, prompt in zip(offsets[:-1], offsets[1:], prompts, strict=True):
+        document = torch.from_numpy(ids[start:stop].astype(np.int64))
+        with torch.no_grad():
+            trunk = model.model(input_ids=document[None], use_cache=False).last_hidden_state[0]
+            p = torch.softmax((trunk @ model.lm_head.weight.T)[:, :vocab_size], dim=1)
+        answer = slice(int(prompt) - 1, len(document) - 1)
+        found.setdefault("entropy", []).append(-(p * p.log()).sum(1)[answer])
+        found.setdefault("logsumexp", []).append((trunk @ model.lm_head.weight.T)[:, :vocab_size].logsumexp(1)[answer])
+        found.setdefault("target", []).append(p.log()[torch.arange(len(document) - 1), document[1:]][int(prompt) - 1 :])
+        found.setdefault("hidden", []).append(trunk[answer])
+        for index, states in outputs.items():
+            found.setdefault(f"layer{index}", []).append(
+                (states[0] if isinstance(states, tuple) else states)[0][answer]
+            )
+    return {name: torch.cat(parts).detach().numpy() for name, parts in found.items()}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every safetensors file of a store."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_signals_equal_a_direct_fp64_computation(written, teacher, tiny_corpus, split):
+    signals, expected = SignalStore.open(written).split(split), direct(teacher, tiny_corpus, split)
+    assert len(signals) == len(expected["entropy"])
+    for name, found in {
+        "entropy": signals.entropy_R,
+        "logsumexp": signals.logsumexp_R,
+        "target": signals.target_logprob_R,
+    }.items():
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), expected[name], atol=2e-5, rtol=1e-5)
+    hidden = signals.hidden(torch.arange(len(signals)))
+    assert hidden.dtype == torch.bfloat16
+    # bf16 keeps 8 bits: half a unit in the last place is 2^-9 of the value
+    np.testing.assert_allclose(hidden.float().numpy(), expected["hidden"], rtol=2**-8, atol=1e-5)
+
+
+def test_statistics_come_from_the_unrounded_hidden_state(written, teacher, tiny_corpus):
+    store, expected = SignalStore.open(written), direct(teacher, tiny_corpus, "train")
+    signals = store.split("train")
+    rounded = torch.softmax(signals.hidden(torch.arange(len(signals))).double() @ store.head_UE.double().T, dim=1)
+    from_rounded = torch.special.entr(rounded).sum(1).numpy()
+    assert np.abs(from_rounded - expected["entropy"]).max() > 1e-3 > 2e-5
+
+
+def test_first_and_last_answer_token_by_hand(written, teacher, tiny_corpus):
+    """Document 5: log p of its first response token given the prompt, and of EOS given all before it."""
+    model = LlamaForCausalLM.from_pretrained(teacher / "model", dtype=torch.float32).eval()
+    corpus = Corpus.open(tiny_corpus, "train")
+    ids, prompt_length = corpus.document(5)
+    document = torch.from_numpy(ids.astype(np.int64))
+    assert document[-1] == 2  # EOS, whose id is also that of padding
+    signals = SignalStore.open(written).split("train")
+    for given_tokens, index in (
+        (prompt_length, corpus.response_offsets[5]),
+        (len(ids) - 1, corpus.response_offsets[6] - 1),
+    ):
+        with torch.no_grad():
+            logits = model(document[None, :given_tokens]).logits[0, -1, :-20].double()
+        expected = float(logits[document[given_tokens]] - logits.logsumexp(0))
+        assert float(signals.target_logprob_R[index]) == pytest.approx(expected, abs=2e-5)
+
+
+def test_features_of_hard_tokens_only(written, teacher, tiny_corpus):
+    store, expected = SignalStore.open(written), direct(teacher, tiny_corpus, "train")
+    signals = store.split("train")
+    assert store.feature_layers == (0, 2, 3)  # 4 layers, after 1/3 and 2/3 of the depth and the last
+    everything = torch.arange(len(signals))
+    has = signals.has_features(everything)
+    assert torch.equal(has, store.difficulty(signals.entropy_R) > 0.8)
+    assert 0.1 < has.float().mean() < 0.3
+    hard = everything[has]
+    for layer in store.feature_layers:
+        np.testing.assert_allclose(
+            signals.features(hard, layer).float().numpy(), expected[f"layer{layer}"][has], rtol=2**-8, atol=1e-4
+        )
+    with pytest.raises(UserError, match="1 of 3 tokens asked for have no features.*hard.*0.8"):
+        signals.features(torch.cat([hard[:2], everything[~has][:1]]), 0)
+    with pytest.raises(UserError, match="no states of teacher layer 1"):
+        signals.features(hard, 1)
+    assert not store.split("test").has_features(torch.arange(len(store.split("test")))).any()
+
+
+def test_difficulty_is_the_mid_rank_over_the_calibration_documents(written, tiny_corpus):
+    store = SignalStore.open(written)
+    signals = store.split("train")
+    lengths = Corpus.open(tiny_corpus, "train").response_lengths
+    documents = np.concatenate([s.documents for s in plan_shards(SETTINGS, ["train"], tiny_corpus) if s.calibration])
+    # enough documents to reach 150 response tokens, and no document more than that takes
+    assert lengths[documents].sum() >= 150 > lengths[documents].sum() - lengths[documents].max()
+    sample = signals.entropy_R[response_tokens(signals.response_offsets, documents)].numpy()
+    value = float(signals.entropy_R[17])
+    by_hand = ((sample < value).sum() + 0.5 * (sample == np.float32(value)).sum()) / len(sample)
+    assert float(store.difficulty(signals.entropy_R[17:18])) == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_other_batches_and_shards_give_the_same_values(written, teacher, tiny_corpus, tmp_path):
+    store = SignalStore.open(written)
+    other = Signals(calibration_tokens=150, shard_tokens=5000, batch_tokens=1000)
+    write_signals(other, ALL, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    same = SignalStore.open(tmp_path / "manifest.json")
+    assert len(store.manifest["splits"]["train"]["shards"]) > 5
+    assert len(same.manifest["splits"]["train"]["shards"]) == 2  # the calibration documents', and one for the rest
+    ours, theirs = store.split("train"), same.split("train")
+    shuffled = torch.randperm(len(ours), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.entropy_R, theirs.entropy_R, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.target_logprob_R, theirs.target_logprob_R, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.hidden(shuffled), theirs.hidden(shuffled), atol=1e-4, rtol=2**-7)
+    # all tokens have features there, at other layers
+    assert same.feature_layers == (1, 3) and theirs.has_features(shuffled).all()
+    hard = shuffled[ours.has_features(shuffled)]
+    torch.testing.assert_close(ours.features(hard, 3), theirs.features(hard, 3), atol=1e-3, rtol=2**-7)
+
+
+def test_gather_takes_any_order_and_repeats(written):
+    signals = SignalStore.open(written).split("train")
+    everything = signals.hidden(np.arange(len(signals)))
+    tokens = np.random.default_rng(1).integers(0, len(signals), 3 * len(signals))
+    assert torch.equal(signals.hidden(torch.from_numpy(tokens)), everything[torch.from_numpy(tokens)])
+    assert signals.hidden(np.empty(0, dtype=np.int64)).shape == (0, 32)
+    for outside in (-1, len(signals)):
+        with pytest.raises(IndexError, match=f"split train has {len(signals)} response tokens"):
+            signals.hidden(torch.tensor([0, outside]))
+
+
+def test_the_document_that_a_row_belongs_to(written, teacher, tiny_corpus):
+    """Rows are found by document, although the calibration documents lie in shards of their own."""
+    signals = SignalStore.open(written).split("train")
+    assert np.array_equal(signals.response_offsets, Corpus.open(tiny_corpus, "train").response_offsets)
+
+
+def test_a_second_call_runs_no_teacher(teacher, tiny_corpus, tmp_path, forwards):
+    first, second = tmp_path / "a" / "manifest.json", tmp_path / "b" / "c" / "manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", first, "fp32")
+    assert forwards
+    summary = json.loads(first.read_text())["summary"]
+    real = sum(len(np.load(tiny_corpus / f"{split}.ids.npy")) for split in ("train", "test"))
+    assert summary["teacher_tokens"] == real
+    assert sum(forwards) < 1.35 * real  # each document once, and little padding even with these tiny batches
+    forwards.clear()
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", second, "fp32")
+    assert forwards == []
+    assert torch.equal(SignalStore.open(first).head_UE, SignalStore.open(second).head_UE)
+    assert (tmp_path / "a" / "entropy.csv").read_bytes() == (tmp_path / "b" / "c" / "entropy.csv").read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+@pytest.mark.parametrize("shards_before", [0, 1, 4])
+def test_an_interrupted_write_continues_at_the_last_whole_shard(
+    written, teacher, tiny_corpus, tmp_path, forwards, monkeypatch, shards_before
+):
+    uninterrupted = SignalStore.open(written).folder
+    plain, done = entkd.signals.write._write_shard, []
+
+    def stop_after(folder, shard, result, key):
+        if len(done) == shards_before:
+            (folder / f"{shard.file}.tmp").write_bytes(b"half")
+            raise Killed
+        plain(folder, shard, result, key)
+        done.append(shard)
+
+    monkeypatch.setattr(entkd.signals.write, "_write_shard", stop_after)
+    arguments = (SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    with pytest.raises(Killed):
+        write_signals(*arguments)
+    assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.setattr(entkd.signals.write, "_write_shard", plain)
+    forwards.clear()
+    write_signals(*arguments)
+    folder = SignalStore.open(tmp_path / "manifest.json").folder
+    assert folder.name == uninterrupted.name
+    assert tree(folder) == tree(uninterrupted)
+    assert not list(folder.glob("*.tmp"))
+    left = 0
+    for shard in plan_shards(SETTINGS, HARD["splits"], tiny_corpus):
+        if shard.file not in {finished.file for finished in done}:
+            lengths = Corpus.open(tiny_corpus, shard.split).lengths
+            left += sum(len(blocks) * block for blocks, block in plan_batches(lengths, shard.documents, 96))
+    assert sum(forwards) == left
+    assert json.loads((tmp_path / "manifest.json").read_text())["summary"]["shards_found"] == len(done)
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_file_is_written_again(written, teacher, tiny_corpus, tmp_path, damage):
+    cache = SignalStore.open(written).folder.parents[1]
+    shutil.copytree(cache, tmp_path / "cache")
+    folder = tmp_path / "cache" / "signals" / SignalStore.open(written).folder.name
+    for name in ("train-00003.safetensors", "train-00000.safetensors"):
+        if damage == "cut":
+            (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+        else:
+            (folder / name).unlink()
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert tree(folder) == tree(SignalStore.open(written).folder)
+
+
+def test_verify_finds_agreement_and_damage(written, teacher, tiny_corpus, tmp_path, capsys):
+    assert verify(written, teacher, tiny_corpus, 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    entropy, kl = (
+        next(line for line in lines if line.startswith(f"train: {name}")) for name in ("error of the e", "KL")
+    )
+    assert float(entropy.split("max ")[1].split(",")[0]) < 2e-5
+    assert 0 < float(kl.split("mean ")[1].split(" ")[0]) < 1e-3
+    shutil.copytree(written.parents[1], tmp_path / "copy")
+    copy = tmp_path / "copy" / "results" / "manifest.json"
+    shard = SignalStore.open(copy).folder / "train-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert verify(copy, teacher, tiny_corpus, 4) == 1
+    assert "train-00002.safetensors: checksum differs" in capsys.readouterr().out
+
+
+def test_verify_finds_rows_of_other_tokens(written, teacher, tiny_corpus, tmp_path, capsys):
+    """Checksums that agree with a wrong content are no proof."""
+    shutil.copytree(written.parents[1], tmp_path / "copy")
+    folder = SignalStore.open(tmp_path / "copy" / "results" / "manifest.json").folder
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "test-00000.safetensors").items()}
+    save_file(tensors | {"hidden": tensors["hidden"].roll(1, 0)}, folder / "test-00000.safetensors", {"entkd": "{}"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["test-00000.safetensors"]["sha256"] = entkd.signals.write.file_sha256(
+        folder / "test-00000.safetensors"
+    )
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "copy" / "results" / "manifest.json", teacher, tiny_corpus, 12) == 1
+    assert "these are not this teacher's distributions" in capsys.readouterr().out
+
+
+def test_verify_refuses_another_teacher(written, tiny_corpus, tiny_tokenizer, tmp_path):
+    other = as_teacher(tiny_llama(320, seed=1), tiny_tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match="made from other inputs.*: teacher differ"):
+        verify(written, other, tiny_corpus, 4)
+
+
+def test_the_key_depends_on_all_that_the_numbers_depend_on(teacher, tiny_corpus, tiny_tokenizer, tmp_path):
+    base = describe_content(SETTINGS, HARD, teacher, tiny_corpus, torch.float32)
+    other_teacher = as_teacher(tiny_llama(320, seed=1), tiny_tokenizer, tmp_path / "other")
+    other_data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, other_data)
+    manifest = json.loads((other_data / "manifest.json").read_text())
+    manifest["files"]["test.prompt_lengths.npy"] = "0" * 64
+    (other_data / "manifest.json").write_text(json.dumps(manifest))
+    variants = [
+        describe_content(SETTINGS, HARD, other_teacher, tiny_corpus, torch.float32),
+        describe_content(SETTINGS, HARD, teacher, other_data, torch.float32),
+        describe_content(SETTINGS, ALL, teacher, tiny_corpus, torch.float32),
+        describe_content(SETTINGS, HARD, teacher, tiny_corpus, torch.bfloat16),
+        describe_content(
+            Signals(calibration_tokens=151, shard_tokens=120, batch_tokens=96),
+            HARD,
+            teacher,
+            tiny_corpus,
+            torch.float32,
+        ),
+        base | {"vocab_size": base["vocab_size"] + 1},
+        base | {"format": base["format"] + 1},
+    ]
+    keys = {content_key(content) for content in [base, *variants]}
+    assert len(keys) == len(variants) + 1
+    # what is not used changes nothing: the dev split
+    manifest["files"] = json.loads((tiny_corpus / "manifest.json").read_text())["files"] | {"dev.ids.npy": "0" * 64}
+    (other_data / "manifest.json").write_text(json.dumps(manifest))
+    assert content_key(describe_content(SETTINGS, HARD, teacher, other_data, torch.float32)) == content_key(base)
+
+
+def test_data_of_another_tokenizer_are_refused_before_anything_runs(teacher, tiny_corpus, tmp_path, forwards):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "f" * 64}))
+    with pytest.raises(UserError, match="another tokenizer.*ffffffffffff"):
+        write_signals(SETTINGS, HARD, teacher, data, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert not forwards and not (tmp_path / "cache").exists()
+
+
+def test_a_head_with_too_few_rows_is_refused_with_both_sizes(tiny_corpus, tiny_tokenizer, tmp_path, forwards):
+    small = as_teacher(tiny_llama(299), tiny_tokenizer, tmp_path / "small")
+    with pytest.raises(UserError, match="299 rows.*300"):
+        write_signals(SETTINGS, HARD, small, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert not forwards
+
+
+def test_nan_in_the_teachers_output_names_the_document(teacher, tiny_corpus, tmp_path, monkeypatch):
+    """The hidden state of one token of train-7 is NaN."""
+    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.signals.teacher_pass.trunk_forward
+    ids = torch.from_numpy(corpus.document(7)[0].astype(np.int64))
+
+    def broken(model, input_ids_BL, position_ids_BL, capture=()):
+        hidden_BLE, captured = plain(model, input_ids_BL, position_ids_BL, capture=capture)
+        for row in range(len(input_ids_BL)):
+            if torch.equal(input_ids_BL[row, : len(ids)], ids):
+                hidden_BLE[row, len(ids) - 2] = float("nan")
+        return hidden_BLE, captured
+
+    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", broken)
+    last = len(ids) - int(corpus.prompt_lengths[7]) - 1
+    with pytest.raises(UserError, match=f"1 tokens, first at response token {last} of train document 'train-7'"):
+        write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+
+
+def test_logits_of_minus_infinity_are_noted(teacher, tiny_corpus, tmp_path, monkeypatch):
+    hidden = torch.tensor([[1.0], [1.0]])
+    statistics, has_inf = token_statistics(hidden, torch.tensor([[1.0], [-math.inf], [1.0]]), torch.tensor([0, 1]))
+    assert has_inf
+    assert statistics["entropy"].tolist() == pytest.approx([math.log(2)] * 2)
+    assert statistics["target_logprob"].tolist() == pytest.approx([-math.log(2), -math.inf])
+    assert token_statistics(hidden, torch.tensor([[1.0], [-1e4]]), torch.tensor([0, 1]))[1] is False
+    plain = entkd.signals.teacher_pass.token_statistics
+    monkeypatch.setattr(entkd.signals.teacher_pass, "token_statistics", lambda *a: (plain(*a)[0], True))
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert SignalStore.open(tmp_path / "manifest.json").has_inf_logits
+
+
+def test_statistics_do_not_depend_on_the_tile(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(50, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    target = torch.randint(0, 40, (50,), generator=generator)
+    whole, _ = token_statistics(hidden, head, target)
+    monkeypatch.setattr(entkd.signals.teacher_pass, "TILE_ELEMENTS", 40 * 7)
+    tiled, _ = token_statistics(hidden, head, target)
+    log_p = torch.log_softmax(hidden.double() @ head.double().T, dim=1)
+    torch.testing.assert_close(tiled["entropy"].double(), -(log_p.exp() * log_p).sum(1), atol=1e-5, rtol=1e-5)
+    for name in whole:
+        torch.testing.assert_close(tiled[name], whole[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    """The kernel refuses the write: files of this process may have 10,000 bytes here."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"train-00000\.safetensors: cannot be written.*needs 40,000 bytes") as caught:
+            write_tensors(tmp_path / "train-00000.safetensors", {"entropy": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(caught.value, StoreWriteError) and isinstance(caught.value, UserError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_jobs_do_not_write_one_store(tmp_path, capsys):
+    entered = threading.Event()
+
+    def other() -> None:
+        with locked(tmp_path):
+            entered.set()
+
+    with locked(tmp_path):
+        with (tmp_path / "lock").open("w") as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        job = threading.Thread(target=other)
+        job.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(5)
+    job.join()
+    assert "another job writes" in capsys.readouterr().err
+
+
+def test_reading_a_few_rows_does_not_load_the_shard(written, tmp_path):
+    """A shard of 256 MiB, of which 64 neighbouring rows are read."""
+    shutil.copytree(written.parents[1], tmp_path / "copy")
+    manifest = tmp_path / "copy" / "results" / "manifest.json"
+    store = SignalStore.open(manifest)
+    names = store.manifest["splits"]["test"]["shards"]
+    rows = 2**22
+    save_file(
+        {
+            "documents": torch.tensor([0]),
+            "response_lengths": torch.tensor([rows]),
+            "hidden": torch.ones(rows, 32, dtype=torch.bfloat16),
+        },
+        store.folder / names[0],
+    )
+    store.manifest["splits"]["test"] = {"documents": 1, "shards": names[:1]}
+    signals = SignalStore(store.folder, store.manifest).split("test")
+    before = psutil.Process().memory_info().rss
+    assert signals.hidden(torch.arange(3_000_000, 3_000_064)).sum() == 64 * 32
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 110 * 2**20  # the index of 4M tokens takes 32 MiB; the file would take 256
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.randoms())
+def test_response_tokens_are_the_documents_ranges(lengths, random):
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    documents = random.sample(range(len(lengths)), random.randint(0, len(lengths)))
+    expected = [token for document in documents for token in range(offsets[document], offsets[document + 1])]
+    assert response_tokens(offsets, np.asarray(documents, dtype=np.int64)).tolist() == expected
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(8, 200))
+def test_batches_hold_every_document_once_and_keep_to_the_size(lengths, batch_tokens):
+    lengths = np.asarray(lengths)
+    batches = list(plan_batches(lengths, np.arange(len(lengths)), batch_tokens))
+    packed = np.concatenate([documents for blocks, _ in batches for documents in blocks])
+    assert sorted(packed.tolist()) == list(range(len(lengths)))
+    for blocks, block in batches:
+        assert all(lengths[documents].sum() <= block for documents in blocks)
+        assert len(blocks) * block <= max(batch_tokens, block)
+
+
+def test_shards_hold_every_document_once_calibration_first(tiny_corpus):
+    shards = plan_shards(SETTINGS, ["train", "test"], tiny_corpus)
+    assert [shard.calibration for shard in shards] == sorted((shard.calibration for shard in shards), reverse=True)
+    for split in ("train", "test"):
+        own = [shard for shard in shards if shard.split == split]
+        lengths = Corpus.open(tiny_corpus, split).response_lengths
+        assert sorted(np.concatenate([shard.documents for shard in own]).tolist()) == list(range(len(lengths)))
+        assert len({shard.file for shard in own}) == len(own)
+        assert all(lengths[shard.documents[:-1]].sum() < 2 * SETTINGS.shard_tokens for shard in own)
+    more = Signals(calibration_tokens=10**6, shard_tokens=120, batch_tokens=96)
+    assert all(shard.calibration for shard in plan_shards(more, ["train"], tiny_corpus))
+
+
+def test_token_ids_beyond_17_and_18_bits(tmp_path, tiny_tokenizer, tiny_corpus):
+    """Ids 131,072, 151,935 and 262,143 keep their own log-probability."""
+    ids = [131072, 151935, 262143]
+    model = tiny_llama(
+        262144, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+    )
+    teacher = as_teacher(model, tiny_tokenizer, tmp_path / "teacher")
+    data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, data)
+    write_split(data, "train", [Document([5], ids, {"id": "a", "prompt": "", "response": "", "user": "", "cut": True})])
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 262144}))
+    needs = {"features": None, "splits": ["train"]}
+    write_signals(Signals(calibration_tokens=16), needs, teacher, data, tmp_path / "cache", tmp_path / "m.json", "fp32")
+    store = SignalStore.open(tmp_path / "m.json")
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(torch.tensor([[5, *ids]])).logits[0, :-1].double(), dim=1)
+    expected = [float(log_p[row, token]) for row, token in enumerate(ids)]
+    assert store.split("train").target_logprob_R.tolist() == pytest.approx(expected, abs=2e-5)
+    assert store.feature_layers == () and store.head_UE.shape == (262144, 8)
+
+
+def test_bf16_teacher(written, teacher, tiny_corpus, tmp_path):
+    """A bf16 trunk is near the fp32 one, its head stays as stored, and its state loses nothing in the store."""
+    output = tmp_path / "manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", output, "bf16")
+    store, exact = SignalStore.open(output), SignalStore.open(written)
+    assert store.head_UE.dtype == torch.float32 and torch.equal(store.head_UE, exact.head_UE)
+    signals = store.split("train")
+    assert (signals.entropy_R - exact.split("train").entropy_R).abs().mean() < 0.05
+    logits = signals.hidden(torch.arange(len(signals))).double() @ store.head_UE.double().T
+    torch.testing.assert_close(
+        signals.entropy_R.double(), torch.special.entr(logits.softmax(1)).sum(1), atol=2e-5, rtol=1e-5
+    )
+
+
+def test_entropy_csv_counts_every_token(written):
+    rows = [line.split(",") for line in (written.parent / "entropy.csv").read_text().splitlines()]
+    assert rows[0] == ["quantity", "left", "right", "count"]
+    signals = SignalStore.open(written).split("train")
+    for quantity, right in (("entropy", float(signals.entropy_R.max())), ("difficulty", 1.0)):
+        own = [row for row in rows if row[0] == quantity]
+        assert sum(int(row[3]) for row in own) == len(signals)
+        assert float(own[0][1]) == 0 and float(own[-1][2]) == pytest.approx(right)
+
+
+def test_the_store_moves_with_its_folder_and_errors_say_what_is_missing(written, teacher, tiny_corpus, tmp_path):
+    shutil.copytree(written.parents[1], tmp_path / "moved")
+    moved = tmp_path / "moved" / "results" / "manifest.json"
+    store = SignalStore.open(moved)
+    assert store.folder.resolve().is_relative_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="no signals of split 'dev'.*'test', 'train'"):
+        store.split("dev")
+    pointer = json.loads(moved.read_text())
+    moved.write_text(json.dumps(pointer | {"key": "0" * 64}))
+    with pytest.raises(UserError, match="needs format 1, key 0000000000000000"):
+        SignalStore.open(moved)
+    shutil.rmtree(store.folder)
+    with pytest.raises(UserError, match="no finished store"):
+        SignalStore.open(moved)
+    with pytest.raises(UserError, match="no such manifest; run `entkd signals`"):
+        SignalStore.open(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match="`train` must be in it"):
+        describe_content(SETTINGS, {"features": None, "splits": ["test"]}, teacher, tiny_corpus, torch.float32)

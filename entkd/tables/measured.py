@@ -1,0 +1,195 @@
+"""Scores as read from files: one ``Measured`` per task and metric, paired on request by seed and item."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from entkd.config.errors import unknown_name
+from entkd.errors import UserError
+
+TEACHER, UNTRAINED = "teacher", "untrained"
+PSEUDO_ARMS = (TEACHER, UNTRAINED)
+"""Models that no arm trained. Scored once where they are the same for every seed."""
+KEYS = ["arm", "suite", "task", "metric"]
+TOLERANCE = 1e-4
+"""Relative difference up to which items average to their score: published scores may be rounded."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured on one task with one metric."""
+
+    label: str
+    """The task's name; with its suite in front where two suites share the task."""
+    task: str
+    """The task's name alone."""
+    metric: str
+    """Metric of the task."""
+    direction: str
+    """`higher` or `lower` is better."""
+    min_gap: float
+    """Lead of the teacher over the untrained student below which `gap_closed` leaves the task out."""
+    scale: float
+    """Units of the metric that count as one in `gap_closed`."""
+    values: dict[str, pd.Series[float]]
+    """Arm → score by seed."""
+    items: dict[str, pd.DataFrame]
+    """Arm → score by seed (rows) and item (columns); empty where the task has no items."""
+
+    @property
+    def sign(self) -> int:
+        """+1 where higher is better, −1 where lower is."""
+        return 1 if self.direction == "higher" else -1
+
+    def seeds(self, *arms: str) -> list[int]:
+        """Seeds that all the arms have, a pseudo-arm scored once counting for every seed.
+
+        Raises
+        ------
+        UserError
+            If the arms have no seed in common.
+        """
+        own = [set(self.values[arm].index) for arm in arms if not self._constant(arm)]
+        common = sorted(set.intersection(*own)) if own else [0]
+        if not common:
+            have = "; ".join(f"{arm}: {sorted(self.values[arm].index)}" for arm in arms)
+            raise UserError(f"scores of {self.label} {self.metric}: no seed in common ({have}); score the same seeds")
+        return common
+
+    def by_seed(self, arm: str, seeds: Sequence[int]) -> NDArray[np.float64]:
+        """Scores of an arm, (S,); those of a pseudo-arm scored once are repeated."""
+        values = self.values[arm]
+        if self._constant(arm):
+            return np.repeat(values.to_numpy(dtype=np.float64), len(seeds))
+        return values.loc[list(seeds)].to_numpy(dtype=float)
+
+    def by_item(self, arm: str, other: str, seeds: Sequence[int]) -> NDArray[np.float64] | None:
+        """Differences arm − other, (S, I), or None where one of them has no items.
+
+        Raises
+        ------
+        UserError
+            If the two were scored on different items.
+        """
+        if arm not in self.items or other not in self.items:
+            return None
+        ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
+        if set(ours.columns) != set(theirs.columns):
+            odd = sorted(set(ours.columns) ^ set(theirs.columns))[0]
+            raise UserError(
+                f"items of {self.label} {self.metric}: arms {arm} and {other} were scored on different items "
+                f"(item {odd} is missing in one of them); score both with the same suite"
+            )
+        difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
+        return difference_SI
+
+    def _constant(self, arm: str) -> bool:
+        return arm in PSEUDO_ARMS and len(self.values[arm]) == 1
+
+    def _items_of(self, arm: str, seeds: Sequence[int]) -> pd.DataFrame:
+        items = self.items[arm]
+        wanted = [items.index[0]] * len(seeds) if self._constant(arm) else list(seeds)
+        missing = sorted(set(wanted) - set(items.index))
+        if missing or items.loc[wanted].isna().to_numpy().any():
+            where = f"seed {missing[0]}" if missing else "some items of a seed"
+            raise UserError(f"items of {self.label} {self.metric}: arm {arm} lacks {where}; score it again")
+        found, stated = items.loc[wanted].mean(axis=1).to_numpy(dtype=float), self.by_seed(arm, seeds)
+        if not np.allclose(found, stated, rtol=TOLERANCE, atol=1e-6):
+            raise UserError(
+                f"items of {self.label} {self.metric}: those of arm {arm} average to {found.tolist()} "
+                f"over seeds {list(seeds)}, its scores are {stated.tolist()}; collect both from the same runs, "
+                "or leave out --items"
+            )
+        return items.loc[wanted]
+
+
+def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame | None) -> list[Measured]:
+    """The tasks of the settings, in their order, with the scores of every arm that the settings name.
+
+    The pseudo-arms may be missing (a published table need not have them); an arm may not.
+    """
+    names = Counter((task["task"], task["metric"]) for task in settings["tasks"])
+    arms = [arm["name"] for arm in settings["arms"]]
+    all_scores, all_items = _by_task(scores), {} if items is None else _by_task(items)
+    measured = []
+    for task in settings["tasks"]:
+        key = (task["suite"], task["task"], task["metric"])
+        if key not in all_scores:
+            known = [metric for suite, name, metric in all_scores if (suite, name) == key[:2]]
+            here = f"scores of task {task['task']} in suite {task['suite']}"
+            raise UserError(unknown_name(here, task["metric"], known) if known else f"{here}: there are none; score it")
+        shared = names[task["task"], task["metric"]] > 1
+        measured.append(
+            Measured(
+                label=f"{task['suite']}/{task['task']}" if shared else task["task"],
+                task=task["task"],
+                metric=task["metric"],
+                direction=task["direction"],
+                min_gap=task["min_gap"],
+                scale=task.get("scale", 1.0),
+                values=_values(all_scores[key], arms, f"scores of {task['task']} {task['metric']}"),
+                items=_matrices(all_items[key]) if key in all_items else {},
+            )
+        )
+    return measured
+
+
+def _by_task(frame: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
+    return {(str(s), str(t), str(m)): rows for (s, t, m), rows in frame.groupby(["suite", "task", "metric"])}
+
+
+def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.Series[float]]:
+    values = {}
+    for arm, rows in scores[scores["arm"].isin([*PSEUDO_ARMS, *arms])].groupby("arm"):
+        number = pd.to_numeric(rows["value"], errors="coerce")
+        bad = rows[~np.isfinite(number)]
+        if len(bad):
+            value, seed = bad.iloc[0][["value", "seed"]]
+            raise UserError(
+                f"{where}: value `{value}` of arm `{arm}`, seed {seed}, is no finite number; score it again"
+            )
+        by_seed = pd.Series(number.to_numpy(dtype=float), index=rows["seed"].astype(int)).sort_index()
+        if by_seed.index.has_duplicates:
+            twice = by_seed.index[by_seed.index.duplicated()][0]
+            raise UserError(f"{where}: arm `{arm}` has seed {twice} twice; collect the scores again")
+        values[str(arm)] = by_seed
+    for arm in arms:
+        if arm not in values:
+            raise UserError(
+                f"{where}: none of arm `{arm}` (there are {', '.join(values)}); score it, or remove it from the arms"
+            )
+    return values
+
+
+def _matrices(items: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {str(arm): rows.pivot(index="seed", columns="item", values="value") for arm, rows in items.groupby("arm")}
+
+
+def read_scores(path: Path) -> pd.DataFrame:
+    """``scores.csv``."""
+    return _columns(path, pd.read_csv(path, dtype=dict.fromkeys(KEYS, str)), [*KEYS, "seed", "value"])
+
+
+def read_items(path: Path) -> pd.DataFrame:
+    """``items.parquet``."""
+    return _columns(path, pd.read_parquet(path), [*KEYS, "seed", "item", "value"])
+
+
+def read_runs(path: Path) -> pd.DataFrame:
+    """``runs.csv``."""
+    return _columns(path, pd.read_csv(path, dtype={"arm": str}), ["arm", "tokens", "seconds", "tflops", "peak_gib"])
+
+
+def _columns(path: Path, frame: pd.DataFrame, needed: list[str]) -> pd.DataFrame:
+    missing = [column for column in needed if column not in frame]
+    if missing:
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; it has {', '.join(map(str, frame.columns))}")
+    return frame

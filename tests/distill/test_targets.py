@@ -1,0 +1,104 @@
+"""What an arm asks of the signal store, and the refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entkd.config import Method, Signals
+from entkd.data import Corpus
+from entkd.data.packing import collate
+from entkd.distill.distributed import World
+from entkd.distill.targets import TeacherTargets
+from entkd.errors import UserError
+from entkd.signals.write import write_signals
+
+FULL = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "temperature": {}, "features": {}})
+
+
+def test_targets_follow_the_token_not_the_batch(tiny) -> None:
+    """Pitfall 15: other order, other micro-batches, the same target for each token."""
+    corpus = Corpus.open(tiny.data, "train")
+    targets = TeacherTargets(FULL, tiny.signals, corpus, 0)
+
+    def by_token(micros: list[list[list[int]]]) -> dict[int, tuple[float, float, bool, list[float]]]:
+        step = targets.step([collate(corpus, [np.asarray(b) for b in micro], 256, 2) for micro in micros], 0.3)
+        found = {}
+        for micro in step.micro_batches:
+            hard = torch.zeros(len(micro.batch.tokens_N), dtype=torch.bool)
+            hard[micro.hard_H] = True
+            rows = zip(
+                micro.batch.tokens_N.tolist(),
+                micro.weight_N.tolist(),
+                micro.temperature_N.tolist(),
+                hard.tolist(),
+                micro.teacher_hidden_NE.float().tolist(),
+                strict=True,
+            )
+            found |= {token: (round(w, 5), t, h, z) for token, w, t, h, z in rows}
+        return found
+
+    assert by_token([[[3, 8], [21]]]) == by_token([[[21]], [[8, 3]]])
+
+
+def test_feature_states_are_those_of_the_hard_tokens(tiny) -> None:
+    corpus = Corpus.open(tiny.data, "train")
+    targets = TeacherTargets(FULL, tiny.signals, corpus, 0)
+    batch = collate(corpus, [np.arange(4)], 256, 2)
+    step = targets.step([batch], 0.5)
+    micro = step.micro_batches[0]
+    hard = targets.difficulty_R[batch.tokens_N] > 0.8
+    assert step.hard == int(hard.sum()) > 0
+    assert torch.equal(micro.hard_H, hard.nonzero().squeeze(1))
+    for layer, states_HE in zip((0, 2, 3), micro.teacher_features, strict=True):
+        assert torch.equal(states_HE, targets.split.features(batch.tokens_N[hard], layer))
+
+
+def test_fewer_layer_pairs_than_stored_take_every_other_layer(tiny, tmp_path: Path, tiny_corpus: Path) -> None:
+    needs = {"features": {"points": 4, "tokens": "all", "threshold": 0.8}, "splits": ["train"]}
+    signals = tmp_path / "signals" / "manifest.json"
+    write_signals(Signals(), needs, tiny.teacher, tiny_corpus, tmp_path / "cache", signals, "fp32")
+    method = Method.model_validate({"divergence": "forward_kl", "features": {"points": 2}})
+    targets = TeacherTargets(method, signals, Corpus.open(tiny_corpus, "train"), 0)
+    assert targets.teacher_layers == (1, 3)
+    with pytest.raises(UserError, match="method.features.points: 3"):
+        three = Method.model_validate({"divergence": "forward_kl", "features": {"points": 3}})
+        TeacherTargets(three, signals, Corpus.open(tiny_corpus, "train"), 0)
+
+
+def test_method_without_signals_reads_none(tiny) -> None:
+    corpus = Corpus.open(tiny.data, "train")
+    step = TeacherTargets(Method.model_validate({"ce": {}}), None, corpus, 0).step([collate(corpus, [np.arange(3)], 256, 2)], 0.5)
+    assert step.positions == int(corpus.response_lengths[:3].sum())
+    assert step.micro_batches[0].teacher_hidden_NE is None
+
+
+def test_refusals_name_the_setting(tiny, tmp_path: Path) -> None:
+    corpus = Corpus.open(tiny.data, "train")
+    with pytest.raises(UserError, match="--signals"):
+        TeacherTargets(FULL, None, corpus, 0)
+    with pytest.raises(UserError, match="prepare the signals again"):
+        TeacherTargets(FULL, tiny.signals, Corpus.open(tiny.data, "dev"), 0)
+
+    # A teacher that gives some tokens probability zero: KL(q‖p) is infinite (limit 7).
+    pointer = json.loads(tiny.signals.read_text(encoding="utf-8"))
+    store = tmp_path / "store"
+    shutil.copytree((tiny.signals.parent / pointer["store"]).resolve(), store)
+    manifest = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+    (store / "manifest.json").write_text(json.dumps(manifest | {"has_inf_logits": True}), encoding="utf-8")
+    (tmp_path / "manifest.json").write_text(json.dumps(pointer | {"store": "store"}), encoding="utf-8")
+    for name in ("reverse_kl", "todi", "adaptive_kl"):
+        with pytest.raises(UserError, match=rf"{name} contains KL\(q‖p\)"):
+            TeacherTargets(Method.model_validate({"divergence": name}), tmp_path / "manifest.json", corpus, 0)
+    TeacherTargets(FULL, tmp_path / "manifest.json", corpus, 0)
+
+
+def test_micro_batches_must_share_out_evenly() -> None:
+    assert World(1, 2).share(["a", "b", "c", "d"]) == ["b", "d"]
+    with pytest.raises(UserError, match="blocks_per_step"):
+        World(0, 2).share(["a", "b", "c"])

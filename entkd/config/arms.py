@@ -108,7 +108,8 @@ def expand_sweeps(arms: Mapping[str, Arm], sweeps: Mapping[str, Mapping[str, lis
                 raise ValueError(f"sweeps.{base}: values {show(list(values))} make no arm name; write these arms out")
             if name in expanded:
                 raise ValueError(f"sweeps.{base}: makes an arm `{name}`, which is there already; remove one of them")
-            expanded[name] = Arm(role=arms[base].role, pipeline=arms[base].pipeline, **patch)
+            role = "control" if arms[base].role == "factorial" else arms[base].role  # a design has each cell once
+            expanded[name] = Arm(role=role, pipeline=arms[base].pipeline, **patch)
     return expanded
 
 

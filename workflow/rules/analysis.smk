@@ -25,8 +25,6 @@ rule ablation_table:
         ),
     log:
         "<logs>/ablation_table.log",
-    conda:
-        "entkd"
     resources:
         mem_mb=MEMORY_MB,
     params:
@@ -54,8 +52,6 @@ rule figures:
         expand("<results>/figures/{name}.{format}", name=figures(), format=["pdf", "png"]),
     log:
         "<logs>/figures.log",
-    conda:
-        "entkd"
     resources:
         mem_mb=MEMORY_MB,
     params:

@@ -13,8 +13,6 @@ rule prepare_data:
         manifest="<results>/data/<data>/manifest.json",
     log:
         "<logs>/prepare_data.log",
-    conda:
-        "entkd"
     threads: ALL_CORES
     resources:
         gpu=GPUS,

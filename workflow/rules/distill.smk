@@ -19,8 +19,6 @@ rule distill:
     wildcard_constraints:
         arm=arms_of("distill"),
         seed=r"\d+",
-    conda:
-        "entkd"
     threads: THREADS
     resources:
         gpu=GPUS,

@@ -20,8 +20,6 @@ rule score:
         arm="[^/]+",
         seed=r"\d+",
         suite="[^/]+",
-    conda:
-        "entkd"
     threads: THREADS
     resources:
         gpu=GPUS,
@@ -47,8 +45,6 @@ if not PUBLISHED:
             per_item="<results>/items.parquet",
         log:
             "<logs>/collect_scores.log",
-        conda:
-            "entkd"
         resources:
             mem_mb=MEMORY_MB,
         shell:
@@ -64,8 +60,6 @@ if not PUBLISHED:
             curves="<results>/curves.csv",
         log:
             "<logs>/collect_runs.log",
-        conda:
-            "entkd"
         resources:
             mem_mb=MEMORY_MB,
         shell:

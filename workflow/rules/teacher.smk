@@ -13,8 +13,6 @@ rule prepare_teacher:
         config="<results>/teachers/<imported>/model/config.json",
     log:
         "<logs>/prepare_teacher.log",
-    conda:
-        "entkd"
     threads: ALL_CORES
     resources:
         mem_mb=MEMORY_MB,
@@ -37,8 +35,6 @@ if experiment.teacher.finetune:
             run="<results>/teachers/<teacher>/run.json",
         log:
             "<logs>/finetune_teacher.log",
-        conda:
-            "entkd"
         threads: ALL_CORES
         resources:
             gpu=GPUS,
@@ -62,8 +58,6 @@ rule teacher_signals:
         entropy="<results>/signals/<teacher>/{data}/entropy.csv",
     log:
         "<logs>/teacher_signals.{data}.log",
-    conda:
-        "entkd"
     threads: ALL_CORES
     resources:
         gpu=GPUS,
@@ -92,8 +86,6 @@ rule init_student:
         "<logs>/init_student.seed{seed}.log",
     wildcard_constraints:
         seed=r"\d+",
-    conda:
-        "entkd"
     threads: THREADS
     resources:
         mem_mb=MEMORY_MB,

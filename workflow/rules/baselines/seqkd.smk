@@ -12,8 +12,6 @@ rule seqkd_data:
         manifest="<results>/data/<data>.seqkd/manifest.json",
     log:
         "<logs>/seqkd_data.log",
-    conda:
-        "entkd"
     threads: ALL_CORES
     resources:
         gpu=GPUS,

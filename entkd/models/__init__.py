@@ -3,6 +3,7 @@
 from entkd.models.access import (
     assert_finite,
     assert_linear_head,
+    assert_packing,
     decoder_layers,
     layer_points,
     load_model,
@@ -23,6 +24,7 @@ output_weight_VD = output_weight
 __all__ = [
     "assert_finite",
     "assert_linear_head",
+    "assert_packing",
     "decoder_layers",
     "init_student",
     "layer_points",

@@ -21,6 +21,9 @@ from entkd.errors import UserError
 _LAYER_LISTS = ("layers", "h", "decoder.layers")
 """Where trunks keep their decoder layers: Llama, Qwen, Gemma; GPT-2; OPT."""
 
+_MASKED_BY_US = ("opt",)
+"""Model types that do not derive the mask of packed documents from the positions."""
+
 
 def model_folder(folder: str | Path) -> Path:
     """The Transformers folder that ``folder`` is, or that a stage wrote inside it as ``model/``."""
@@ -127,7 +130,7 @@ def trunk_forward(
     """Last hidden state (after the final norm), and the outputs of the layers ``capture``, each (B, L, D).
 
     There is no attention mask: Transformers keeps documents apart where ``position_ids_BL`` restart, but only
-    with ``use_cache=False``. A captured last layer is the state before the final norm.
+    with ``use_cache=False``; OPT gets a mask from us. A captured last layer is the state before the final norm.
     """
     captured: dict[int, torch.Tensor] = {}
 
@@ -140,11 +143,23 @@ def trunk_forward(
     layers = decoder_layers(model) if capture else []
     handles = [layers[index].register_forward_hook(keep(index)) for index in capture]
     try:
-        output = trunk(model)(input_ids=input_ids_BL, position_ids=position_ids_BL, use_cache=False)
+        output = trunk(model)(
+            input_ids=input_ids_BL,
+            position_ids=position_ids_BL,
+            attention_mask=_packed_mask(position_ids_BL) if model.config.model_type in _MASKED_BY_US else None,
+            use_cache=False,
+        )
     finally:
         for handle in handles:
             handle.remove()
     return output.last_hidden_state, captured
+
+
+def _packed_mask(position_ids_BL: torch.Tensor) -> torch.Tensor:
+    """(B, 1, L, L) True where a token sees another: an earlier one, or itself, of its own document."""
+    document_BL = (position_ids_BL == 0).cumsum(-1)
+    own_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    return torch.tril(own_BLL)[:, None]
 
 
 def layer_points(n_layers: int, points: int) -> tuple[int, ...]:
@@ -181,6 +196,31 @@ def assert_finite(model: nn.Module, what: str) -> None:
 
 
 @torch.no_grad()
+def assert_packing(model: PreTrainedModel, what: str) -> None:
+    """Refuse models in which a packed document sees the one before it."""
+    device = output_weight(model).device
+    first, second = torch.arange(8, device=device)[None].split(4, dim=1)
+    positions_BL = torch.arange(4, device=device)[None]
+    alone_BLD, _ = trunk_forward(model, second, positions_BL)
+    packed_BLD, _ = trunk_forward(model, torch.cat([first, second], 1), torch.cat([positions_BL, positions_BL], 1))
+    error = _relative_error(packed_BLD[:, 4:], alone_BLD)
+    if error > _tolerance(model):
+        raise UserError(
+            f"{what}: in {type(model).__name__} packed documents see each other (relative difference {error:.2g}); "
+            "training packs documents into blocks, so choose another model"
+        )
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-6))
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Relative difference that rounding explains in the model's own dtype."""
+    return 1e-3 if output_weight(model).dtype == torch.float32 else 5e-2
+
+
+@torch.no_grad()
 def assert_linear_head(model: PreTrainedModel, what: str) -> None:
     """Refuse models whose logits are not hidden · weightᵀ: soft-capping, logit scaling, a head with a bias.
 
@@ -190,10 +230,9 @@ def assert_linear_head(model: PreTrainedModel, what: str) -> None:
     ids_BL = torch.arange(8, device=weight_VD.device)[None] % weight_VD.shape[0]
     positions_BL = torch.arange(8, device=weight_VD.device)[None]
     hidden_BLD, _ = trunk_forward(model, ids_BL, positions_BL)
-    ours = nn.functional.linear(hidden_BLD, weight_VD).float()
-    theirs = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits.float()
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
-    if error > (1e-3 if weight_VD.dtype == torch.float32 else 2e-2):
+    logits_BLV = model(input_ids=ids_BL, position_ids=positions_BL, use_cache=False).logits
+    error = _relative_error(nn.functional.linear(hidden_BLD, weight_VD), logits_BLV)
+    if error > _tolerance(model):
         raise UserError(
             f"{what}: {type(model).__name__} does not make its logits by a plain linear map of the last hidden state "
             f"(relative difference {error:.2g}); soft-capping, logit scaling and a head with a bias are not supported"

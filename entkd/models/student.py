@@ -14,6 +14,7 @@ from entkd.models.access import (
     _layer_list,
     assert_finite,
     assert_linear_head,
+    assert_packing,
     load_model,
     load_tokenizer,
     model_folder,
@@ -51,6 +52,7 @@ def init_student(settings: Student, teacher: str | Path, output: str | Path, see
     assert_finite(model, "student")
     vocab_rows(output_weight(model), len(tokenizer), "student")
     assert_linear_head(model, "student")
+    assert_packing(model, "student")
     save_model(model, tokenizer, output / "model")
     write_manifest(output, {"settings": settings.model_dump(mode="json"), "parameters": model.num_parameters()})
 

@@ -16,6 +16,7 @@ from entkd.errors import UserError
 from entkd.models.access import (
     assert_finite,
     assert_linear_head,
+    assert_packing,
     load_model,
     load_tokenizer,
     model_folder,
@@ -58,6 +59,7 @@ def prepare_teacher(settings: Teacher, output: str | Path) -> None:
     assert_finite(model, what)
     vocab_rows(output_weight(model), len(tokenizer), what)
     assert_linear_head(model, what)
+    assert_packing(model, what)
     save_model(model, tokenizer, output / "model")
     write_manifest(output, {"source": settings.source, **origin, "parameters": model.num_parameters()})
 

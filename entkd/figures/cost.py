@@ -19,7 +19,7 @@ def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
     """Gap closed, or the first task where no gap is closed, over seconds and TFLOP of one run."""
     quality, label = _quality(study)
     means = runs.groupby("arm")[list(COSTS)].mean()
-    rows = quality[["mean", "low", "high"]].join(means).reindex([arm.name for arm in study.arms])
+    rows = quality[["mean"]].join(means).reindex([arm.name for arm in study.arms])
     height = max(2.6, 0.135 * len(study.arms) + 0.9)
     figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
     axes = figure.subplots(1, len(COSTS), sharey=True)
@@ -34,23 +34,19 @@ def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
 
 
 def _quality(study: Study) -> tuple[pd.DataFrame, str]:
-    """Rows by arm with mean, low, high; and the label of the axis."""
+    """The table's rows of one measure by arm, and the label of its axis."""
     gap = study.table[study.table["task"] == "gap_closed"].set_index("arm")
     if gap["mean"].notna().any():
         return gap, "share of the untrained–teacher\ngap closed →"
     task = study.tasks[0]
     arrow = "better →" if task.direction == "higher" else "← better"
-    own = task.of(study.table).set_index("arm")
-    spread = own["sd"] / np.sqrt(own["n"])
-    return own.assign(low=own["mean"] - spread, high=own["mean"] + spread), f"{task.title}\n{task.unit}, {arrow}"
+    return task.of(study.table).set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
 
 
 def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
     for arm in study.arms:
-        x, y, low, high = (number(rows, arm.name, column) for column in (name, "mean", "low", "high"))
-        if np.isfinite([low, high]).all():
-            ax.plot([x, x], [low, high], color=arm.colour, linewidth=0.7, alpha=0.45, zorder=1)
-        ax.plot(x, y, arm.marker, color=arm.colour, markersize=4, markerfacecolor="white", zorder=2)
+        x, y = number(rows, arm.name, name), number(rows, arm.name, "mean")
+        ax.plot(x, y, arm.marker, color=arm.colour, markerfacecolor="white", markeredgewidth=0.9)
     ax.set_xlabel(COSTS[name])
     ax.margins(x=0.12, y=0.06)
     ax.locator_params(axis="x", nbins=5)
@@ -73,7 +69,14 @@ def _name_points(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
             color=arm.colour,
             fontsize=6.5,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.35, "shrinkA": 1, "shrinkB": 2},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GREY,
+                "linewidth": 0.3,
+                "shrinkA": 1,
+                "shrinkB": 2,
+                "relpos": (0, 0.5),
+            },
         )
     ax.set_ylim(low, high)
 

@@ -23,7 +23,7 @@ def draw_curves(study: Study, frame: pd.DataFrame, runs: pd.DataFrame | None) ->
     """
     groups = _groups(study)
     positions = None if runs is None else (runs["positions"] / runs["steps"]).groupby(runs["arm"]).mean() / 1000
-    figure = Figure(figsize=(TEXT_WIDTH, 1.75 * len(groups) + 0.35), layout="constrained")
+    figure = Figure(figsize=(TEXT_WIDTH, 1.65 * len(groups) + 0.3), layout="constrained")
     axes = figure.subplots(len(groups), 2, squeeze=False, sharex=True, sharey="col")
     reference = [arm for arm in study.arms if arm.role == "reference"]
     for (name, arms), (left, right) in zip(groups, axes, strict=True):
@@ -63,5 +63,5 @@ def _draw(ax: Axes, frame: pd.DataFrame, scale: float, study: Study, arm: Arm, *
         by_step = by_step.rolling(max(1, len(by_step) // 10), min_periods=1).mean()
     x = by_step.index.to_numpy(dtype=float) * scale
     style = study.line_style(arm)
-    ax.plot(x, by_step.mean(axis=1), label=arm.name, linewidth=1.2, **style)
+    ax.plot(x, by_step.mean(axis=1), label=arm.name, marker="" if smooth else ".", **style)
     ax.fill_between(x, by_step.min(axis=1), by_step.max(axis=1), color=style["color"], alpha=0.13, linewidth=0)

@@ -16,6 +16,7 @@ from entkd.figures.style import (
     TEXT_WIDTH,
     Study,
     Task,
+    few_ticks,
     grid_of,
 )
 
@@ -24,7 +25,7 @@ def draw_tasks(study: Study) -> Figure:
     """Small dots are seeds, large markers their mean; lines are the teacher and the untrained student."""
     bands, columns = grid_of(len(study.tasks))
     width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
-    figure = Figure(figsize=(width, bands * (0.17 * len(study.arms) + 0.95) + 0.35), layout="constrained")
+    figure = Figure(figsize=(width, bands * (0.17 * len(study.arms) + 0.75) + 0.5), layout="constrained")
     axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
     for place, ax in enumerate(axes.flat):
         if place >= len(study.tasks):
@@ -57,15 +58,15 @@ def _draw_panel(ax: Axes, task: Task, values: pd.DataFrame, study: Study) -> Non
         ax.plot(seeds, [y] * len(seeds), ".", color=arm.colour, alpha=0.55, markersize=4.5, markeredgewidth=0)
         ax.plot(seeds.mean(), y, arm.marker, color=arm.colour, markerfacecolor="none", markeredgewidth=1.0)
     ax.margins(x=0.12)
-    _draw_ends(ax, values)
+    far = _draw_ends(ax, values)
     ax.set_title(task.title)
     arrow = "better →" if task.direction == "higher" else "← better"
-    ax.set_xlabel(f"{task.unit}\n{arrow}", linespacing=1.4)
-    ax.locator_params(axis="x", nbins=4)
+    ax.set_xlabel("\n".join([task.axis_label("{unit}", arrow), *far]))
+    few_ticks(ax)
 
 
-def _draw_ends(ax: Axes, values: pd.DataFrame) -> None:
-    """Teacher and untrained student as lines; where one lies far outside the arms, its value is written instead."""
+def _draw_ends(ax: Axes, values: pd.DataFrame) -> list[str]:
+    """Teacher and untrained student as lines; texts for those that lie too far outside the arms to be drawn."""
     low, high = ax.get_xlim()
     reach = 1.5 * (high - low)
     far = []
@@ -76,6 +77,5 @@ def _draw_ends(ax: Axes, values: pd.DataFrame) -> None:
         if low - reach <= level <= high + reach:
             ax.axvline(float(level), color=BLACK, linewidth=0.9, linestyle=dash, zorder=1)
         else:
-            far.append(f"{name} {level:.3g}")
-    if far:
-        ax.text(1, 1.0, "\n".join(far), transform=ax.transAxes, ha="right", va="bottom", fontsize=6.5, color=GREY)
+            far.append(f"({name}: {level:.3g})")
+    return far

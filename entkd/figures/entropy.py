@@ -16,8 +16,7 @@ from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from entkd.config import Curriculum, Temperature
-from entkd.figures.curves import LINES
-from entkd.figures.style import BLACK, BLUE, GREY, SKY, TEXT_WIDTH, VERMILLION, Study
+from entkd.figures.style import BLACK, BLUE, GREY, ROLE_LABEL, SKY, TEXT_WIDTH, VERMILLION, Study, few_ticks
 
 DIFFICULTIES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FIDELITY = "entkd_fidelity"
@@ -26,19 +25,23 @@ FIDELITY = "entkd_fidelity"
 def draw_entropy(study: Study, histograms: pd.DataFrame, method: Mapping[str, Any]) -> Figure:
     """Histograms of H and d, curriculum weight and temperature, and KL to the teacher by decile of its entropy."""
     deciles = _deciles(study)
-    figure = Figure(figsize=(TEXT_WIDTH, 4.2 if deciles is None else 4.9), layout="constrained")
-    top, *rest = figure.subfigures(1 if deciles is None else 2, 1, height_ratios=None if deciles is None else (1, 1), squeeze=False)[:, 0]
-    left, middle, w, t = top.subplots(1, 4)
-    _histogram(left, histograms, "entropy", "teacher entropy H (nats)")
-    left.set_title("a  entropy")
-    _histogram(middle, histograms, "difficulty", "difficulty d")
-    middle.set_title("b  difficulty")
-    _weights(w, Curriculum.model_validate(method.get("curriculum") or {}))
-    w.set_title("c  curriculum")
-    _temperatures(t, Temperature.model_validate(method.get("temperature") or {}))
-    t.set_title("d  temperature")
+    heights = (2.3,) if deciles is None else (2.3, max(1.7, 0.13 * len(deciles) + 0.6))
+    figure = Figure(figsize=(TEXT_WIDTH, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    axes = list(parts[0].subplots(1, 4))
+    _histogram(axes[0], histograms, "entropy", "teacher entropy H (nats)")
+    axes[0].set_ylabel("density of tokens")
+    _histogram(axes[1], histograms, "difficulty", "difficulty d")
+    _weights(axes[2], Curriculum.model_validate(method.get("curriculum") or {}))
+    _temperatures(axes[3], Temperature.model_validate(method.get("temperature") or {}))
     if deciles is not None:
-        _decile_panels(rest[0], deciles, study)
+        axes += list(parts[1].subplots(1, 2))
+        _decile_lines(axes[4], deciles, study)
+        _decile_map(axes[5], deciles, study)
+    names = ["entropy", "difficulty", "curriculum", "temperature"]
+    names += ["distance to the teacher", f"relative to {study.reference}"]
+    for ax, letter, name in zip(axes, "abcdef", names, strict=False):
+        ax.set_title(f"{letter}  {name}")
     return figure
 
 
@@ -75,7 +78,7 @@ def _histogram(ax: Axes, frame: pd.DataFrame, quantity: str, label: str) -> None
     ax.bar(kept["left"], density, width, align="edge", color=SKY, edgecolor=BLUE, linewidth=0.3)
     ax.set_xlim(0, kept["right"].max())
     ax.set_xlabel(label)
-    ax.set_ylabel("density of tokens")
+    few_ticks(ax)
 
 
 def _weights(ax: Axes, settings: Curriculum) -> None:
@@ -88,9 +91,10 @@ def _weights(ax: Axes, settings: Curriculum) -> None:
         ax.plot(u, weight, color=colour, label=f"d = {d:g}")
     ax.axhline(1, color=GREY, linewidth=0.6, linestyle=":")
     ax.set_xlim(0, 1)
+    ax.set_xticks((0, 0.5, 1))
     ax.set_xlabel("progress u")
     ax.set_ylabel("weight w")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.95), ncols=2, handlelength=1.2, columnspacing=0.8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=2, handlelength=1, columnspacing=0.7)
 
 
 def _temperatures(ax: Axes, settings: Temperature) -> None:
@@ -102,9 +106,9 @@ def _temperatures(ax: Axes, settings: Temperature) -> None:
     name, values = scale[settings.t2]
     ax.plot(d, values, color=BLACK, linestyle="--", linewidth=0.9, label=name)
     ax.set_xlim(0, 1)
+    ax.set_xticks((0, 0.5, 1))
     ax.set_xlabel("difficulty d")
-    ax.set_ylabel("T and loss scale")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, -0.95), handlelength=1.4)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), handlelength=1.5)
 
 
 def _deciles(study: Study) -> pd.DataFrame | None:
@@ -116,21 +120,32 @@ def _deciles(study: Study) -> pd.DataFrame | None:
     return own.assign(decile=decile).pivot_table(index="arm", columns="decile", values="value")
 
 
-def _decile_panels(figure: Any, deciles: pd.DataFrame, study: Study) -> None:
-    """Left: level, per arm. Right: difference to the reference, where small differences can be seen."""
-    arms = [arm for arm in study.arms if arm.name in deciles.index]
-    level, difference = figure.subplots(1, 2)
-    base = deciles.loc[study.reference]
-    for arm in arms:
-        style = study.line_style(arm)
-        level.plot(deciles.columns, deciles.loc[arm.name], marker=".", markersize=3, linewidth=1, label=arm.name, **style)
-        difference.plot(deciles.columns, deciles.loc[arm.name] - base, marker=".", markersize=3, linewidth=1, **style)
-    level.set_title("e  distance to the teacher")
-    level.set_ylabel("KL (nats per token)")
-    difference.set_title(f"f  difference to {study.reference}")
-    difference.set_ylabel("Δ KL (nats per token)\n← better")
-    for ax in (level, difference):
-        ax.set_xlabel("decile of teacher entropy")
-        ax.xaxis.set_major_locator(FixedLocator(range(1, 11)))
-    columns = -(-len(arms) // max(LINES + 6, 14))
-    difference.legend(*level.get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.02, 0.5), ncols=columns)
+def _decile_lines(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
+    """KL by decile, one line per arm in the colour of its role."""
+    for arm in study.arms:
+        if arm.name in deciles.index:
+            width, opacity = (1.4, 1.0) if arm.role == "reference" else (0.8, 0.7)
+            line = ax.plot(deciles.columns, deciles.loc[arm.name], color=arm.colour, linewidth=width, alpha=opacity)
+            line[0].set(label=ROLE_LABEL[arm.role], zorder=3 if arm.role == "reference" else 2)
+    ax.set_ylabel("KL (nats per token)")
+    ax.set_xlabel("decile of teacher entropy")
+    ax.xaxis.set_major_locator(FixedLocator(range(1, 11)))
+    ax.set_ylim(bottom=0)
+    lines = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    ax.legend(lines.values(), lines.keys(), loc="upper left")
+
+
+def _decile_map(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
+    """KL of every other arm relative to the reference's, in per cent; colours end where most values do."""
+    names = [arm.name for arm in study.arms if arm.role != "reference" and arm.name in deciles.index]
+    excess = 100 * (deciles.loc[names] / deciles.loc[study.reference] - 1)
+    limit = float(np.quantile(excess.abs(), 0.95)) or 1.0
+    image = ax.imshow(excess, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(len(excess.columns)), [str(decile) for decile in excess.columns])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("decile of teacher entropy")
+    bar = ax.figure.colorbar(image, ax=ax, extend="both", pad=0.02, aspect=25)
+    bar.set_label(f"KL, % over {study.reference}\n← closer to the teacher")
+    bar.outline.set_visible(False)

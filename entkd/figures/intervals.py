@@ -22,6 +22,7 @@ from entkd.figures.style import (
     Arm,
     Study,
     Task,
+    few_ticks,
     grid_of,
     number,
 )
@@ -44,7 +45,8 @@ def draw_forest(study: Study) -> Figure:
     """Difference of every arm to the reference, per task, with its 95 % interval."""
     rows = [Row(arm.name, arm.name, arm.role, arm.colour, arm.marker) for arm in study.arms if arm.role != "reference"]
     frame = study.table.rename(columns={"delta": "estimate"})
-    figure = _interval_panels(study, frame, "arm", rows, f"Δ {{unit}} to {study.reference}")
+    figure = _interval_panels(study, frame, "arm", rows, "Δ {unit}")
+    figure.suptitle(f"Difference to {study.reference}, 95 % interval")
     roles = [arm for arm in _first_of_each_role(study.arms) if arm.role != "reference"]
     handles = [
         Line2D([], [], color=arm.colour, marker=arm.marker, linestyle="-", label=ROLE_LABEL[arm.role]) for arm in roles
@@ -57,11 +59,18 @@ def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
     """Main effects and interactions of the three components, per task, with their 95 % intervals."""
     families = frame.drop_duplicates("effect").set_index("effect")["family"]
     rows = [
-        Row(name, _effect_label(name), family, BLUE if family == "primary" else GREY, "o" if family == "primary" else "s")
+        Row(
+            name,
+            _effect_label(name),
+            family,
+            BLUE if family == "primary" else GREY,
+            "o" if family == "primary" else "s",
+        )
         for family in ("primary", "exploratory")
         for name in families.index[families == family]
     ]
-    figure = _interval_panels(study, frame, "effect", rows, "effect on {unit}")
+    figure = _interval_panels(study, frame, "effect", rows, "Δ {unit}")
+    figure.suptitle("Effects of the components, 95 % interval")
     handles = [
         Line2D([], [], color=BLUE, marker="o", label="primary family"),
         Line2D([], [], color=GREY, marker="s", label="exploratory"),
@@ -72,7 +81,8 @@ def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
 
 def _effect_label(name: str) -> str:
     """`a:b` is an interaction, `a-b` a difference of two arms."""
-    return name.replace(":", " × ").replace("-", " − ")
+    label = name.replace(":", " × ").replace("-", " − ")
+    return "\n× ".join(label.rsplit(" × ", 1)) if len(label) > 26 else label
 
 
 def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:
@@ -80,7 +90,7 @@ def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def _claim_handles(study: Study) -> list[Line2D]:
-    labels = {BLACK: f"claimed (Holm p < {study.alpha:g})", "white": "not shown"}
+    labels = {BLACK: f"claimed (Holm p < {study.alpha:g})", "white": "difference not shown"}
     return [
         Line2D([], [], color=BLACK, marker="o", linestyle="", markerfacecolor=face, label=label)
         for face, label in labels.items()
@@ -96,7 +106,7 @@ def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence
     """One panel per task; the rows are shared. Better is always to the right."""
     bands, columns = grid_of(len(study.tasks))
     width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
-    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.85) + 0.35), layout="constrained")
+    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.75) + 0.6), layout="constrained")
     axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
     for place, ax in enumerate(axes.flat):
         if place >= len(study.tasks):
@@ -113,10 +123,10 @@ def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence
 
 def _label_panel(ax: Axes, task: Task, label: str) -> None:
     ax.set_title(task.title)
-    ax.set_xlabel(label.format(unit=task.unit) + "\nbetter →", linespacing=1.4)
+    ax.set_xlabel(task.axis_label(label, "better →"))
     if task.direction == "lower":
         ax.invert_xaxis()
-    ax.locator_params(axis="x", nbins=4)
+    few_ticks(ax)
 
 
 def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], alpha: float) -> None:
@@ -145,7 +155,7 @@ def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -
     """An estimate far outside the others is written at the edge, so that it does not flatten the rest."""
     side = np.sign(estimate)
     ax.annotate(
-        f"{estimate:+.3g}",
+        f"{estimate:+.3g}".replace("-", "−"),
         xy=(side * limit, y),
         xytext=(side * limit * 0.62, y),
         color=row.colour,
@@ -163,5 +173,4 @@ def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
     if reach.empty or reach.max() == 0:
         return 1.0
     bulk = float(reach.quantile(0.7))
-    largest = float(reach.max())
-    return 1.08 * largest if largest <= 4 * bulk else 1.6 * bulk
+    return 1.08 * float(reach[reach <= 4 * bulk].max())

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 STYLE: Final = Path(__file__).parent.parent / "entkd.mplstyle"
 TEXT_WIDTH: Final = 7.0
@@ -83,12 +85,16 @@ class Task:
     def title(self) -> str:
         """The task's name, wrapped to the width of a panel."""
         name = self.task.removeprefix("entkd_").replace("_", " ")
-        return textwrap.fill(name, 20)
+        return textwrap.fill(name, 17)
 
     @property
     def unit(self) -> str:
         """The metric's name with its unit."""
         return METRIC_LABEL.get(self.metric, self.metric.replace("_", " "))
+
+    def axis_label(self, label: str, arrow: str) -> str:
+        """``label`` with the unit in the place of ``{unit}``, wrapped to the panel, and the arrow below."""
+        return textwrap.fill(label.format(unit=self.unit), 19) + f"\n{arrow}"
 
     def of(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of ``frame`` that belong to this task and metric."""
@@ -129,15 +135,25 @@ def number(frame: pd.DataFrame, row: str, column: str) -> float:
     return float(cell)
 
 
-def grid_of(panels: int, most: int = 4) -> tuple[int, int]:
-    """Rows and columns of a balanced grid with at most ``most`` columns."""
-    rows = -(-panels // most)
+def grid_of(panels: int) -> tuple[int, int]:
+    """Rows and columns of a balanced grid with at most five columns, the most that fit the text's width."""
+    rows = -(-panels // 5)
     return rows, -(-panels // rows)
+
+
+def few_ticks(ax: Axes) -> None:
+    """Two or three round numbers on the x axis of a narrow panel, without trailing zeros, so that they never touch."""
+    low, high = sorted(ax.get_xlim())
+    values = [v for v in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= v <= high]
+    values = values[:: -(-len(values) // 3)]
+    ax.set_xticks(values, [f"{round(value, 10):g}".replace("-", "−") for value in values])
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name``.pdf, .svg and .png. The same figure gives the same bytes: no dates, fixed ids."""
     folder.mkdir(parents=True, exist_ok=True)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # the layout is the slow part and is the same for the three formats
     figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
     figure.savefig(folder / f"{name}.png")

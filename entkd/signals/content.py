@@ -48,8 +48,9 @@ def describe_content(
     tokenizer = file_sha256(model_folder(teacher) / "tokenizer.json")
     if tokenizer != data_manifest["tokenizer"]:
         raise UserError(
-            f"{data}: tokenised by another tokenizer (tokenizer.json {data_manifest['tokenizer'][:12]}) than that of the "
-            f"teacher {teacher} ({tokenizer[:12]}), so its token ids mean other tokens; prepare the data with this teacher"
+            f"{data}: tokenised by another tokenizer (tokenizer.json {data_manifest['tokenizer'][:12]}) than that of "
+            f"the teacher {teacher} ({tokenizer[:12]}), so its token ids mean other tokens; prepare the data with this "
+            "teacher"
         )
     if "train" not in needs["splits"]:
         raise UserError(

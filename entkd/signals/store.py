@@ -68,8 +68,8 @@ class SignalStore:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if (manifest["format"], manifest["key"]) != (FORMAT, pointer["key"]):
             raise UserError(
-                f"{folder}: holds format {manifest['format']}, key {manifest['key'][:16]}; {path} needs format {FORMAT}, "
-                f"key {pointer['key'][:16]}; delete both and run `entkd signals`"
+                f"{folder}: holds format {manifest['format']}, key {manifest['key'][:16]}; {path} needs format "
+                f"{FORMAT}, key {pointer['key'][:16]}; delete both and run `entkd signals`"
             )
         return cls(folder, manifest)
 
@@ -168,9 +168,9 @@ class SplitSignals:
         if missing:
             features = self._store.manifest["content"]["needs"]["features"]
             raise UserError(
-                f"{self._store.folder}: {missing} of {len(row_N)} tokens asked for have no features; the store has those "
-                f"of tokens: {features['tokens']}, threshold: {features['threshold']}, in split train; "
-                "a method with other tokens needs a store with features of all tokens"
+                f"{self._store.folder}: {missing} of {len(row_N)} tokens asked for have no features; the store has "
+                f"those of tokens: {features['tokens']}, threshold: {features['threshold']}, in split train; "
+                "write one with the features that the method needs"
             )
         return self._gather(f"feature_{layer}", shard_N, row_N)
 
@@ -210,7 +210,7 @@ class SplitSignals:
     def _tensor(self, index: int, name: str) -> Tensor:
         """One tensor of one shard. It is mapped, not read: only the rows that are touched come into memory."""
         if (index, name) not in self._tensors:
-            self._tensors[index, name] = self._files[index].get_tensor(name)
+            self._tensors[index, name] = self._files[index].get_tensor(name)  # type: ignore[no-untyped-call]
         return self._tensors[index, name]
 
 

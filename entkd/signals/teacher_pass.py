@@ -1,8 +1,8 @@
 """Forward passes of the teacher over documents, and what is kept of them.
 
 Only positions that predict a response token meet the output projection, a tile of them at a time, so there is
-never a tensor of all tokens × vocabulary. Shape suffixes: B rows, L tokens of a row, N predicting positions, R rows of the result
-(response tokens in the order of the documents), E width, U tokens of the vocabulary.
+never a tensor of all tokens × vocabulary. Shape suffixes: B rows, L tokens of a row, N predicting positions, R rows
+of the result (response tokens in the order of the documents), E width, U tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -170,9 +170,10 @@ class TeacherPass:
         if bool(bad_N.any()):
             token = int(batch.tokens_N[bad_N][0])
             document = int(np.searchsorted(corpus.response_offsets, token, side="right")) - 1
+            name = read_texts(data, split)[document]["id"]
             raise UserError(
                 f"teacher: NaN or infinite output in {int(bad_N.sum())} tokens, first at response token "
-                f"{token - int(corpus.response_offsets[document])} of {split} document {read_texts(data, split)[document]['id']!r}; "
+                f"{token - int(corpus.response_offsets[document])} of {split} document {name!r}; "
                 "run with teacher.precision: fp32, or get an intact teacher"
             )
 
@@ -186,7 +187,7 @@ def token_statistics(hidden_NE: Tensor, head_UE: Tensor, target_N: Tensor) -> tu
     tile = max(1, TILE_ELEMENTS // len(head_UE))
     found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
     has_inf_logits = False
-    for part, target in zip(hidden_NE.split(tile), target_N.split(tile), strict=True):
+    for part, target in zip(torch.split(hidden_NE, tile), torch.split(target_N, tile), strict=True):
         logits_NU = part.float() @ head_UE.T
         logsumexp_N = logits_NU.logsumexp(dim=1)
         found["entropy"].append(token_entropy(logits_NU))

@@ -208,8 +208,7 @@ def _selection(features: dict[str, Any] | None, difficulty: Difficulty) -> Selec
     threshold = features["threshold"]
 
     def is_hard(entropy_N: Tensor) -> Tensor:
-        difficulty_N: Tensor = difficulty(entropy_N)
-        return difficulty_N > threshold
+        return torch.gt(difficulty(entropy_N), threshold)
 
     return is_hard
 
@@ -230,7 +229,9 @@ def _describe_store(folder: Path, key: str, content: dict[str, Any], shards: lis
         entry["response_tokens"] += len(tensors["entropy"])
         entry["shards"].append(shard.file)
     names = [HEAD, CALIBRATION, *(shard.file for shard in shards)]
-    files = {name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names}
+    files: dict[str, Any] = {
+        name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names
+    }
     shard_bytes = sum(files[shard.file]["bytes"] for shard in shards)
     return {
         "format": FORMAT,

@@ -1,0 +1,293 @@
+"""Writing the signal store: one pass, interruptions, refusals, verification."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from signal_cases import ALL, HARD, SETTINGS, as_teacher, tree
+from transformers import PreTrainedTokenizerFast
+
+import entkd.signals.teacher_pass
+import entkd.signals.write
+from entkd.config import Signals
+from entkd.data import Corpus
+from entkd.errors import UserError
+from entkd.provenance import file_sha256
+from entkd.signals import SignalStore
+from entkd.signals.content import content_key, describe_content
+from entkd.signals.files import StoreWriteError, locked, write_tensors
+from entkd.signals.teacher_pass import plan_batches
+from entkd.signals.verify import verify
+from entkd.signals.write import plan_shards, write_signals
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
+    """Random tiny Llama whose head has 20 rows of padding, which must change nothing."""
+    tokens = len(PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer))
+    return as_teacher(tiny_llama(tokens + 20), tiny_tokenizer, tmp_path_factory.mktemp("signals-teacher"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tiny_corpus: Path) -> Path:
+    """Manifest of a store with features of hard tokens."""
+    folder = tmp_path_factory.mktemp("signals")
+    output = folder / "results" / "manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, folder / "cache", output, "fp32")
+    return output
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each forward pass of the teacher."""
+    counted: list[int] = []
+    plain = entkd.signals.teacher_pass.trunk_forward
+
+    def counting(model, input_ids_BL, position_ids_BL, capture=()):
+        assert not model.training
+        assert torch.is_inference_mode_enabled()
+        counted.append(input_ids_BL.numel())
+        return plain(model, input_ids_BL, position_ids_BL, capture=capture)
+
+    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", counting)
+    return counted
+
+
+def test_a_second_call_runs_no_teacher(teacher, tiny_corpus, tmp_path, forwards):
+    first, second = tmp_path / "a" / "manifest.json", tmp_path / "b" / "c" / "manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", first, "fp32")
+    assert forwards
+    summary = json.loads(first.read_text())["summary"]
+    real = sum(len(np.load(tiny_corpus / f"{split}.ids.npy")) for split in ("train", "test"))
+    assert summary["teacher_tokens"] == real
+    assert sum(forwards) < 1.35 * real  # each document once, and little padding even with these tiny batches
+    forwards.clear()
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", second, "fp32")
+    assert forwards == []
+    assert torch.equal(SignalStore.open(first).head_UE, SignalStore.open(second).head_UE)
+    assert (tmp_path / "a" / "entropy.csv").read_bytes() == (tmp_path / "b" / "c" / "entropy.csv").read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for a signal that ends the process."""
+
+
+@pytest.mark.parametrize("shards_before", [0, 1, 4])
+def test_an_interrupted_write_continues_at_the_last_whole_shard(
+    written, teacher, tiny_corpus, tmp_path, forwards, monkeypatch, shards_before
+):
+    uninterrupted = SignalStore.open(written).folder
+    plain, done = entkd.signals.write._write_shard, []
+
+    def stop_after(folder, shard, result, key):
+        if len(done) == shards_before:
+            (folder / f"{shard.file}.tmp").write_bytes(b"half")
+            raise Killed
+        plain(folder, shard, result, key)
+        done.append(shard)
+
+    monkeypatch.setattr(entkd.signals.write, "_write_shard", stop_after)
+    arguments = (SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    with pytest.raises(Killed):
+        write_signals(*arguments)
+    assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.setattr(entkd.signals.write, "_write_shard", plain)
+    forwards.clear()
+    write_signals(*arguments)
+    folder = SignalStore.open(tmp_path / "manifest.json").folder
+    assert folder.name == uninterrupted.name
+    assert tree(folder) == tree(uninterrupted)
+    assert not list(folder.glob("*.tmp"))
+    left = 0
+    for shard in plan_shards(SETTINGS, HARD["splits"], tiny_corpus):
+        if shard.file not in {finished.file for finished in done}:
+            lengths = Corpus.open(tiny_corpus, shard.split).lengths
+            left += sum(len(blocks) * block for blocks, block in plan_batches(lengths, shard.documents, 96))
+    assert sum(forwards) == left
+    assert json.loads((tmp_path / "manifest.json").read_text())["summary"]["shards_found"] == len(done)
+
+
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_file_is_written_again(written, teacher, tiny_corpus, tmp_path, damage):
+    cache = SignalStore.open(written).folder.parents[1]
+    shutil.copytree(cache, tmp_path / "cache")
+    folder = tmp_path / "cache" / "signals" / SignalStore.open(written).folder.name
+    for name in ("train-00003.safetensors", "train-00000.safetensors"):
+        if damage == "cut":
+            (folder / name).write_bytes((folder / name).read_bytes()[:-40])
+        else:
+            (folder / name).unlink()
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert tree(folder) == tree(SignalStore.open(written).folder)
+
+
+def test_verify_finds_agreement_and_damage(written, teacher, tiny_corpus, tmp_path, capsys):
+    assert verify(written, teacher, tiny_corpus, 4) == 0
+    lines = capsys.readouterr().out.splitlines()
+    entropy, kl = (
+        next(line for line in lines if line.startswith(f"train: {name}")) for name in ("error of the e", "KL")
+    )
+    assert float(entropy.split("max ")[1].split(",")[0]) < 2e-5
+    assert 0 < float(kl.split("mean ")[1].split(" ")[0]) < 1e-3
+    shutil.copytree(written.parents[1], tmp_path / "copy")
+    copy = tmp_path / "copy" / "results" / "manifest.json"
+    shard = SignalStore.open(copy).folder / "train-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert verify(copy, teacher, tiny_corpus, 4) == 1
+    assert "train-00002.safetensors: checksum differs" in capsys.readouterr().out
+
+
+def test_verify_finds_rows_of_other_tokens(written, teacher, tiny_corpus, tmp_path, capsys):
+    """Checksums that agree with a wrong content are no proof."""
+    shutil.copytree(written.parents[1], tmp_path / "copy")
+    folder = SignalStore.open(tmp_path / "copy" / "results" / "manifest.json").folder
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "test-00000.safetensors").items()}
+    save_file(tensors | {"hidden": tensors["hidden"].roll(1, 0)}, folder / "test-00000.safetensors", {"entkd": "{}"})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["test-00000.safetensors"]["sha256"] = file_sha256(folder / "test-00000.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(tmp_path / "copy" / "results" / "manifest.json", teacher, tiny_corpus, 12) == 1
+    assert "these are not this teacher's distributions" in capsys.readouterr().out
+
+
+def test_verify_refuses_another_teacher(written, tiny_corpus, tiny_tokenizer, tmp_path):
+    other = as_teacher(tiny_llama(320, seed=1), tiny_tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match=r"made from other inputs.*: teacher differ"):
+        verify(written, other, tiny_corpus, 4)
+
+
+def test_the_key_depends_on_all_that_the_numbers_depend_on(teacher, tiny_corpus, tiny_tokenizer, tmp_path):
+    base = describe_content(SETTINGS, HARD, teacher, tiny_corpus, torch.float32)
+    other_teacher = as_teacher(tiny_llama(320, seed=1), tiny_tokenizer, tmp_path / "other")
+    other_data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, other_data)
+    manifest = json.loads((other_data / "manifest.json").read_text())
+    manifest["files"]["test.prompt_lengths.npy"] = "0" * 64
+    (other_data / "manifest.json").write_text(json.dumps(manifest))
+    variants = [
+        describe_content(SETTINGS, HARD, other_teacher, tiny_corpus, torch.float32),
+        describe_content(SETTINGS, HARD, teacher, other_data, torch.float32),
+        describe_content(SETTINGS, ALL, teacher, tiny_corpus, torch.float32),
+        describe_content(SETTINGS, HARD, teacher, tiny_corpus, torch.bfloat16),
+        describe_content(
+            Signals(calibration_tokens=151, shard_tokens=120, batch_tokens=96),
+            HARD,
+            teacher,
+            tiny_corpus,
+            torch.float32,
+        ),
+        base | {"vocab_size": base["vocab_size"] + 1},
+        base | {"format": base["format"] + 1},
+    ]
+    keys = {content_key(content) for content in [base, *variants]}
+    assert len(keys) == len(variants) + 1
+    # what is not used changes nothing: the dev split
+    manifest["files"] = json.loads((tiny_corpus / "manifest.json").read_text())["files"] | {"dev.ids.npy": "0" * 64}
+    (other_data / "manifest.json").write_text(json.dumps(manifest))
+    assert content_key(describe_content(SETTINGS, HARD, teacher, other_data, torch.float32)) == content_key(base)
+
+
+def test_data_of_another_tokenizer_are_refused_before_anything_runs(teacher, tiny_corpus, tmp_path, forwards):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_corpus, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"tokenizer": "f" * 64}))
+    with pytest.raises(UserError, match=r"another tokenizer.*ffffffffffff"):
+        write_signals(SETTINGS, HARD, teacher, data, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert not forwards
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_head_with_too_few_rows_is_refused_with_both_sizes(tiny_corpus, tiny_tokenizer, tmp_path, forwards):
+    small = as_teacher(tiny_llama(299), tiny_tokenizer, tmp_path / "small")
+    with pytest.raises(UserError, match=r"299 rows.*300"):
+        write_signals(SETTINGS, HARD, small, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    assert not forwards
+
+
+def test_nan_in_the_teachers_output_names_the_document(teacher, tiny_corpus, tmp_path, monkeypatch):
+    """The hidden state of one token of train-7 is NaN."""
+    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.signals.teacher_pass.trunk_forward
+    ids = torch.from_numpy(corpus.document(7)[0].astype(np.int64))
+
+    def broken(model, input_ids_BL, position_ids_BL, capture=()):
+        hidden_BLE, captured = plain(model, input_ids_BL, position_ids_BL, capture=capture)
+        for row in range(len(input_ids_BL)):
+            if torch.equal(input_ids_BL[row, : len(ids)], ids):
+                hidden_BLE[row, len(ids) - 2] = float("nan")
+        return hidden_BLE, captured
+
+    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", broken)
+    last = len(ids) - int(corpus.prompt_lengths[7]) - 1
+    with pytest.raises(UserError, match=f"1 tokens, first at response token {last} of train document 'train-7'"):
+        write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+
+
+def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
+    """The kernel refuses the write: files of this process may have 10,000 bytes here."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"train-00000\.safetensors: cannot be written.*needs 40,000 bytes") as caught:
+            write_tensors(tmp_path / "train-00000.safetensors", {"entropy": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert isinstance(caught.value, StoreWriteError)
+    assert isinstance(caught.value, UserError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_jobs_do_not_write_one_store(tmp_path, capsys):
+    entered = threading.Event()
+
+    def other() -> None:
+        with locked(tmp_path):
+            entered.set()
+
+    with locked(tmp_path):
+        with (tmp_path / "lock").open("w") as stream, pytest.raises(BlockingIOError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        job = threading.Thread(target=other)
+        job.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(5)
+    job.join()
+    assert "another job writes" in capsys.readouterr().err
+
+
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(8, 200))
+def test_batches_hold_every_document_once_and_keep_to_the_size(lengths, batch_tokens):
+    lengths = np.asarray(lengths)
+    batches = list(plan_batches(lengths, np.arange(len(lengths)), batch_tokens))
+    packed = np.concatenate([documents for blocks, _ in batches for documents in blocks])
+    assert sorted(packed.tolist()) == list(range(len(lengths)))
+    for blocks, block in batches:
+        assert all(lengths[documents].sum() <= block for documents in blocks)
+        assert len(blocks) * block <= max(batch_tokens, block)
+
+
+def test_shards_hold_every_document_once_calibration_first(tiny_corpus):
+    shards = plan_shards(SETTINGS, ["train", "test"], tiny_corpus)
+    assert [shard.calibration for shard in shards] == sorted((shard.calibration for shard in shards), reverse=True)
+    for split in ("train", "test"):
+        own = [shard for shard in shards if shard.split == split]
+        lengths = Corpus.open(tiny_corpus, split).response_lengths
+        assert sorted(np.concatenate([shard.documents for shard in own]).tolist()) == list(range(len(lengths)))
+        assert len({shard.file for shard in own}) == len(own)
+        assert all(lengths[shard.documents[:-1]].sum() < 2 * SETTINGS.shard_tokens for shard in own)
+    more = Signals(calibration_tokens=10**6, shard_tokens=120, batch_tokens=96)
+    assert all(shard.calibration for shard in plan_shards(more, ["train"], tiny_corpus))

@@ -81,8 +81,8 @@ def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
 
 def _effect_label(name: str) -> str:
     """`a:b` is an interaction, `a-b` a difference of two arms."""
-    label = name.replace(":", " × ").replace("-", " − ")
-    return "\n× ".join(label.rsplit(" × ", 1)) if len(label) > 26 else label
+    order = name.count(":") + 1
+    return f"{order}-way interaction" if order > 2 else name.replace(":", " × ").replace("-", " − ")
 
 
 def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:

@@ -69,7 +69,12 @@ def problems_of(
     """
     lines: dict[str, list[str]] = {}
     verbatim: list[str] = []
-    for report in error.errors(include_url=False):
+    reports = error.errors(include_url=False)
+    for report in reports:
+        depth = len(report["loc"])
+        deeper = [other for other in reports if len(other["loc"]) > depth and other["loc"][:depth] == report["loc"]]
+        if report["type"] == "too_short" and deeper:
+            continue  # pydantic counts only the valid entries of a list
         cause = report.get("ctx", {}).get("error")
         if isinstance(cause, ProblemsError):
             verbatim += cause.problems
@@ -104,6 +109,8 @@ def _text(path: str, report: dict[str, Any], owner: type[BaseModel] | None, extr
     if kind == "literal_error":
         allowed = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
         return path, f"{show(value)} must be one of {', '.join(allowed)}{nearest(str(value), allowed)}"
+    if kind == "too_short":
+        return path, f"{show(value)} needs at least {context['min_length']} entry"
     if kind == "string_pattern_mismatch":
         return path, f"{show(value)} must match {context['pattern']}"
     if kind.endswith(("_type", "_parsing", "_from_float")) and kind.partition("_")[0] in EXPECTED:

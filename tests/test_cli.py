@@ -1,0 +1,122 @@
+"""The command line: every stage is there, settings are checked, torch stays out until it is needed."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from entkd import cli
+from entkd.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
+    """The commands in the rules parse, with each placeholder as some value."""
+    import re
+
+    commands = set()
+    for rules in (ROOT / "workflow/rules").rglob("*.smk"):
+        for block in re.findall(r"shell:\n((?:\s+\".*\"\n?)+)", rules.read_text()):
+            text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
+            words = re.sub(r"\{wildcards\.seed\}", "1", text).split()
+            stage = vars(cli.parser().parse_args(words[1:]))["stage"]
+            assert words[0] == "entkd"
+            commands.add(stage)
+    assert commands == set(cli.STAGES) - {"signals-verify", "check", "config-docs", "unlock"}
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_every_argument_is_explained(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([stage, "--help"])
+    assert caught.value.code == 0
+    assert stage in capsys.readouterr().out
+
+
+def test_parsing_and_checking_import_no_torch() -> None:
+    code = (
+        "import sys; from entkd import cli; cli.main(['check']);"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval', 'pandas') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "[]"
+    assert "36 students (12 arms × seeds [0, 1, 2]), 38 scorings" in run.stdout
+
+
+def test_bad_settings_end_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = json.dumps({"source": "synthetic", "trian": 3})
+    assert cli.main(["prepare-data", "--settings", settings, "--teacher", "t", "--output", "o"]) == 2
+    assert capsys.readouterr().err.startswith("error: --settings: data: unknown key `trian`; did you mean `train`?")
+    assert cli.main(["init-student", "--settings", "{", "--teacher", "t", "--seed", "0", "--output", "o"]) == 2
+    assert "--settings: not valid JSON" in capsys.readouterr().err
+
+
+def test_missing_experiment_is_a_user_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "no.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: no.yaml: no such experiment file")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("x"), 2), (FileNotFoundError("x"), 2), (OSError(errno.ENOSPC, "No space left on device"), 2)],
+)
+def test_user_mistakes_show_no_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception, status: int) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setitem(cli.STAGES, "check", (fail, "", "experiment"))
+    assert cli.main(["check"]) == status
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise PermissionError("x")
+
+    monkeypatch.setitem(cli.STAGES, "check", (fail, "", "experiment"))
+    with pytest.raises(PermissionError):
+        cli.main(["check"])
+
+
+def test_optional_inputs_may_be_left_out_or_empty() -> None:
+    required = [
+        "--settings",
+        "{}",
+        "--scores",
+        "s",
+        "--output",
+        "o",
+        "--markdown",
+        "m",
+        "--latex",
+        "l",
+        "--effects",
+        "e",
+    ]
+    for optional in ([], ["--items", "--runs"]):
+        args = cli.parser().parse_args(["table", *required[:4], *optional, *required[4:]])
+        assert (args.items, args.runs) == (None, None)
+
+
+def test_stage_functions_take_what_the_command_line_gives() -> None:
+    from entkd.data import prepare
+    from entkd.data.seqkd import prepare_seqkd
+    from entkd.distill import distill, finetune_teacher
+    from entkd.models import init_student, prepare_teacher
+
+    expected = {
+        prepare_teacher: ["settings", "output"],
+        prepare: ["settings", "teacher", "output"],
+        prepare_seqkd: ["teacher", "data", "output", "max_response_tokens", "batch"],
+        init_student: ["settings", "teacher", "output", "seed"],
+        distill: ["method", "training", "seed", "student", "data", "signals", "output"],
+        finetune_teacher: ["training", "teacher", "data", "output"],
+    }
+    for function, names in expected.items():
+        assert list(inspect.signature(function).parameters)[: len(names)] == names

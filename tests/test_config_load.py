@@ -1,0 +1,215 @@
+"""Reading experiments: every bad input is one line with file, path, value, what is allowed, nearest match."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from entkd.config import CrossEntropy, Experiment, load_experiment
+from entkd.config.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+DELETED = object()
+
+
+def minimal() -> dict[str, Any]:
+    return {
+        "data": {"source": "synthetic"},
+        "training": {"steps": 2},
+        "method": {"divergence": "forward_kl"},
+        "arms": {"kd": {"role": "factorial"}, "full": {"curriculum": {}, "features": {}}},
+        "suites": {"demo": {"tasks": [{"name": "entkd_heldout", "metric": "bits_per_byte", "direction": "lower"}]}},
+    }
+
+
+def change(settings: Any, path: str, value: Any) -> None:
+    """Set (or delete) the value at ``a/b/0/c``."""
+    *parents, last = path.split("/")
+    for key in parents:
+        settings = settings[int(key)] if isinstance(settings, list) else settings.setdefault(key, {})
+    if value is DELETED:
+        del settings[last]
+    else:
+        settings[last] = value
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., Experiment]:
+    def load(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -> Experiment:
+        file = tmp_path / "x.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        return load_experiment(file, overrides)
+
+    return load
+
+
+BAD = [
+    ("trainig", {}, "unknown key `trainig`; did you mean `training`? Known: analysis, arms, data,"),
+    ("training", DELETED, "`training` is missing. How long and how it learns."),
+    ("training/lr", -1, "training.lr: -1 must be greater than 0"),
+    ("training/steps", "fast", 'training.steps: "fast" must be a whole number'),
+    ("training/steps", True, "training: steps: true is allowed only where true or false is asked for"),
+    ("training/epochs", 1, "training: give exactly one of steps and epochs"),
+    ("training/micro_blocks", 3, "training: blocks_per_step 2 is not a multiple of micro_blocks 3"),
+    ("training/block", 256, "data.max_tokens: 512 is more than training.block 256"),
+    ("training/lr", float("nan"), "training.lr: NaN must be"),
+    ("arms", [1], "arms: [1] must be a mapping of settings"),
+    ("arms/kd/role", "factoral", 'arms.kd.role: "factoral" must be one of factorial, baseline, control; did you mean'),
+    (
+        "arms/full/curriculum",
+        {"kapa": 1},
+        "arms.full.curriculum: unknown key `kapa`; did you mean `kappa`? Known: kappa,",
+    ),
+    ("arms/full/temperature", {"base": -1}, "arms.full.temperature.base: -1 must be greater than 0"),
+    ("arms/x", {"curiculum": {}}, "arms.x: unknown key `curiculum`; did you mean `curriculum`? Known: ce, curriculum,"),
+    ("arms/x", {"curriculum": None}, "arms.x.curriculum: null removes `curriculum`, but the method has none"),
+    ("arms/x", {"role": "control"}, "arms.x: the same experiment as arms.kd; remove one of them"),
+    ("arms/x", {"divergence": None}, "arms.x: a method needs a divergence, or ce, or both"),
+    ("arms/Big", {"ce": {}}, 'arms.Big: "Big" must match ^[a-z0-9][a-z0-9_.=-]*$'),
+    ("arms/teacher", {"ce": {}}, "arms.teacher: this name stands for a reference row of the table"),
+    (
+        "arms/x",
+        {"features": {"threshold": 0.5}},
+        "arms.x.features.threshold: 0.5 is below signals.features.threshold 0.8",
+    ),
+    (
+        "arms/x",
+        {"features": {"tokens": "random"}},
+        "arms.x.features.tokens: random needs `signals.features.tokens: all`",
+    ),
+    ("arms/x", {"features": {"points": 2}}, "arms.x.features.points: 2 does not divide signals.features.points 3"),
+    ("signals/features", None, "arms.full.features: needs hidden states, and signals.features is null"),
+    ("method/divergence", "jds", "method.divergence.name: unknown name `jds`; did you mean `jsd`? Known: forward_kl,"),
+    (
+        "method/divergence",
+        {"name": "jsd", "bta": 1},
+        "method.divergence: unknown key `bta`; did you mean `beta`? Known:",
+    ),
+    ("method/divergence", {"beta": 1}, "method.divergence: `name` is missing"),
+    ("data/source", "hubb", "data.source: unknown name `hubb`; did you mean `hub`? Known: synthetic, json, hub"),
+    ("data/trian", 3, "data: unknown key `trian`; did you mean `train`? Known: batch,"),
+    ("data", {"source": "json"}, "data: `files` is missing. File of each split"),
+    (
+        "data",
+        {"source": "json", "files": {"train": "no.jsonl"}},
+        "data.files.train: no file `no.jsonl` (working directory",
+    ),
+    (
+        "data",
+        {"source": "json", "files": {"tain": "x"}},
+        'data.files.tain: "tain" must be one of train, dev, test; did you',
+    ),
+    ("data", "text", 'data: "text" must be a mapping of settings'),
+    ("teacher", {"source": "hub", "repo": "a/b"}, "teacher: `source: hub` needs `revision`"),
+    ("teacher", {"path": "a"}, "teacher: `path` means nothing with `source: bundled`"),
+    ("teacher", {"source": "local", "path": "no"}, "teacher.path: `no` is not a model folder: it has no config.json"),
+    ("teacher/prepare", "finetune", "teacher: `finetune` settings and `prepare: finetune` go together"),
+    ("student", {"init": "local"}, "student: `init: local` needs `path`"),
+    ("suites/demo/tasks/0/direction", "up", 'suites.demo.tasks[0].direction: "up" must be one of higher, lower'),
+    ("suites/demo/tasks", [], "suites.demo.tasks: [] needs at least 1 entry"),
+    ("suites/demo/include_path", "no", "suites.demo.include_path: no folder `no` (working directory"),
+    ("analysis/reference", "kdd", "analysis.reference: unknown name `kdd`; did you mean `kd`? Known: full, kd"),
+    ("seeds", [0, 0], "seeds: [0, 0] repeat themselves"),
+    ("runtime/gpus", "some", 'runtime.gpus: "some" must be a whole number or "some" must be one of auto'),
+    ("name", "scores", "name: `scores` is a folder of the demo's results; choose another"),
+    ("sweeps", {"kdd": {}}, "sweeps: unknown name `kdd`; did you mean `kd`?"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD, ids=[f"{path}-{i}" for i, (path, *_) in enumerate(BAD)])
+def test_bad_value_is_one_clear_line(
+    load: Callable[..., Experiment], tmp_path: Path, path: str, value: Any, message: str
+) -> None:
+    settings = minimal()
+    change(settings, path, value)
+    with pytest.raises(ConfigError) as caught:
+        load(settings)
+    assert len(caught.value.problems) == 1
+    assert str(caught.value).startswith(f"{tmp_path / 'x.yaml'}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_all_problems_at_once(load: Callable[..., Experiment]) -> None:
+    settings = minimal()
+    change(settings, "training/lr", 0)
+    change(settings, "seeds", [])
+    change(settings, "arms/kd/role", "x")
+    with pytest.raises(ConfigError) as caught:
+        load(settings)
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["training.lr", "arms.kd.role", "seeds"]
+
+
+def test_minimal_experiment_is_complete(load: Callable[..., Experiment]) -> None:
+    experiment = load(minimal())
+    assert experiment.results == "results"
+    assert experiment.resolved_arms["full"].method.curriculum.kappa == 0.8
+    assert load(minimal() | {"name": "mine"}).results == "results/mine"
+
+
+def test_overrides_merge_and_read_yaml(load: Callable[..., Experiment]) -> None:
+    overrides = {
+        "seeds": ["5"],
+        "training": {"lr": "1e-4", "clip": "null"},
+        "arms": {"sft": {"divergence": "null", "ce": {}}},
+    }
+    experiment = load(minimal(), overrides)
+    assert experiment.seeds == (5,)
+    assert (experiment.training.lr, experiment.training.clip, experiment.training.steps) == (1e-4, None, 2)
+    assert list(experiment.resolved_arms) == ["kd", "full", "sft"]
+    sft = experiment.resolved_arms["sft"].method
+    assert (sft.divergence, sft.ce) == (None, CrossEntropy())
+    with pytest.raises(ConfigError, match="unknown key `sedes`; did you mean `seeds`"):
+        load(minimal(), {"sedes": [1]})
+
+
+def test_yaml_words_and_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
+    text = yaml.safe_dump(minimal()) + "runtime: {gpus: 0}\nstudent: {layers: [0, 1]}\n"
+    text = text.replace("steps: 2", "steps: 2\n  lr: 5e-4").replace("curriculum: {}", "temperature: {t2: off}")
+    file = tmp_path / "x.yaml"
+    file.write_text(text, encoding="utf-8")
+    experiment = load_experiment(file)
+    assert experiment.training.lr == 5e-4
+    assert experiment.resolved_arms["full"].method.temperature.t2 == "off"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: `a` is already given on line 1; one of them would be lost"),
+        ("a: [1\n", "not valid YAML"),
+        ("- 1\n", "an experiment is a mapping of settings"),
+        ("", "an experiment is a mapping of settings"),
+    ],
+)
+def test_files_that_are_no_experiment(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        load_experiment(tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="no such experiment file"):
+        load_experiment(tmp_path / "y.yaml")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.yaml", *(f"experiments/{f.name}" for f in ROOT.glob("config/experiments/*.yaml"))]
+)
+def test_shipped_experiments_are_valid(file: str) -> None:
+    experiment = load_experiment(ROOT / "config" / file)
+    assert experiment.name == ("demo" if file == "config.yaml" else Path(file).stem)
+
+
+def test_demo_is_what_the_documentation_says() -> None:
+    demo = load_experiment(ROOT / "config/config.yaml")
+    arms = demo.resolved_arms
+    factorial = [arm for arm in arms.values() if arm.role == "factorial"]
+    cells = {
+        tuple(getattr(arm.method, c) is not None for c in ("curriculum", "temperature", "features"))
+        for arm in factorial
+    }
+    assert (len(arms), len(demo.seeds), len(factorial), len(cells)) == (12, 3, 8, 8)
+    assert arms["full"].method.temperature.c == 0.5
+    assert {"sft", "seqkd", "kd", "full", "reverse_kl", "reverse_kl_full"} <= set(arms)
+    assert demo.training.steps >= 40

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from rouge_score.rouge_scorer import RougeScorer
 
 from entkd.data.corpus import read_texts
 from entkd.tasks.minimal_pairs.generate import FILE
@@ -47,5 +45,7 @@ def rouge_l(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 @cache
-def _scorer() -> RougeScorer:
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # a second of imports that the other tasks do without
+
     return RougeScorer(["rougeL"], use_stemmer=True)

@@ -1,0 +1,102 @@
+"""Gather what single jobs wrote: scores of all models in one file, costs and learning curves of all runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from entkd.errors import UserError
+
+RUN_COLUMNS = [
+    "arm",
+    "seed",
+    "steps",
+    "tokens",
+    "positions",
+    "seconds",
+    "tflops",
+    "peak_gib",
+    "teacher_tokens",
+    "resumed",
+    "device",
+]
+CURVE_COLUMNS = ["arm", "seed", "step", "seconds", "metric", "value"]
+_SCORE_KEY = ["arm", "seed", "suite", "task", "metric"]
+_ITEM_KEY = [*_SCORE_KEY, "item"]
+
+
+def collect_scores(files: Sequence[Path], scores: Path, items: Path) -> None:
+    """All score files as one table, and the items beside them (``X.items.parquet`` of ``X.csv``) as another.
+
+    Raises
+    ------
+    UserError
+        For a result that occurs twice, or a task that was scored in two versions: their scores do not compare.
+    """
+    text = dict.fromkeys(("arm", "suite", "task", "metric", "task_version"), str)
+    score_table = pd.concat([pd.read_csv(path, dtype=text) for path in files], ignore_index=True)
+    item_table = pd.concat([pd.read_parquet(_items_of(path)) for path in files], ignore_index=True)
+    _refuse_repeats(score_table, _SCORE_KEY)
+    _refuse_repeats(item_table, _ITEM_KEY)
+    versions = score_table.groupby(["suite", "task"])["task_version"].unique()
+    for (suite, task), found in versions.items():
+        if len(found) > 1:
+            old = score_table.query("suite == @suite and task == @task").groupby("task_version")["arm"].first()
+            where = ", ".join(f"{version} (e.g. arm {arm})" for version, arm in old.items())
+            raise UserError(f"{suite}/{task}: scored in versions {where}; delete the older scores and score again")
+    _replace(scores, lambda path: score_table.to_csv(path, index=False))
+    _replace(items, lambda path: item_table.to_parquet(path, index=False))
+
+
+def collect_runs(folders: Sequence[Path], runs: Path, curves: Path) -> None:
+    """One row per run from its ``run.json``, and every number of its ``metrics.jsonl`` as a row of its own.
+
+    Parameters
+    ----------
+    folders
+        ``…/{arm}/seed{seed}`` folders, or the ``run.json`` in them.
+    """
+    run_rows: list[dict[str, Any]] = []
+    curve_rows: list[dict[str, Any]] = []
+    for given in folders:
+        folder = given.parent if given.name == "run.json" else given
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        arm, seed = folder.parent.name, int(record["seed"])
+        if folder.name != f"seed{seed}":
+            raise UserError(f"{folder}/run.json: made with seed {seed}, but its folder is {folder.name}; rename it")
+        run_rows.append({"arm": arm} | {column: record[column] for column in RUN_COLUMNS[1:]})
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            where = {"arm": arm, "seed": seed, "step": row.pop("step"), "seconds": row.pop("seconds", None)}
+            curve_rows += [where | {"metric": metric, "value": value} for metric, value in row.items()]
+    run_table = pd.DataFrame(run_rows, columns=RUN_COLUMNS)
+    _refuse_repeats(run_table, ["arm", "seed"])
+    curve_table = pd.DataFrame(curve_rows, columns=CURVE_COLUMNS)
+    _replace(runs, lambda path: run_table.to_csv(path, index=False))
+    _replace(curves, lambda path: curve_table.to_csv(path, index=False))
+
+
+def _items_of(path: Path) -> Path:
+    if path.suffix != ".csv":
+        raise UserError(f"{path}: not a score file; give the .csv files, their items are found beside them")
+    return path.with_suffix(".items.parquet")
+
+
+def _refuse_repeats(table: pd.DataFrame, key: list[str]) -> None:
+    repeated = table[table.duplicated(key)]
+    if len(repeated):
+        first = ", ".join(f"{column} {repeated.iloc[0][column]}" for column in key)
+        raise UserError(f"{len(repeated)} results occur twice, the first is {first}; give each file once")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, then rename: a file that exists is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)

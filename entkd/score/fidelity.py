@@ -1,0 +1,114 @@
+"""Fidelity: how close the student's distribution is to the teacher's on the test split.
+
+Shapes: N response tokens of a batch, R of the split, D documents.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from entkd.data import Corpus
+from entkd.data.packing import collate, pack
+from entkd.errors import UserError
+from entkd.fused import linear_statistics
+from entkd.models import output_weight, trunk_forward
+from entkd.score.items import ratio_items
+from entkd.signals import SignalStore
+
+TASK = "entkd_fidelity"
+VERSION = "1"
+_BLOCK = 1024
+"""Tokens in a packed row, or the longest document if that is longer."""
+
+
+@torch.inference_mode()
+def fidelity(
+    model: PreTrainedModel, data: Path, signals: Path, batch_tokens: int, limit: int | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """KL(teacher ‖ student) in nats per response token, and how often both have the same most likely token.
+
+    Parameters
+    ----------
+    batch_tokens
+        Tokens in one forward pass.
+    limit
+        Use only this many test documents.
+
+    Returns
+    -------
+    tuple
+        Rows of scores: ``kl``, ``top1_agreement``, and ``kl_decile_01`` to ``_10``, the KL over the tenths of the
+        tokens by teacher entropy, low to high. Rows of items: one per test document for the first two.
+
+    Raises
+    ------
+    UserError
+        If the signals are not those of this data.
+    """
+    corpus, store = Corpus.open(data, "test"), SignalStore.open(signals)
+    teacher = store.split("test")
+    if not np.array_equal(teacher.response_offsets, corpus.response_offsets):
+        raise UserError(f"{signals}: its test split is not that of {data}; run `entkd signals` on this data")
+    documents = np.arange(len(corpus) if limit is None else min(limit, len(corpus)))
+    kl_R, agreement_R = _per_token(model, corpus, store, documents, batch_tokens)
+
+    scores, items = [], []
+    lengths_D = corpus.response_lengths[documents].astype(np.float64)
+    for metric, value_R in (("kl", kl_R), ("top1_agreement", agreement_R)):
+        sums_D = np.asarray([_of(value_R, corpus, document).sum() for document in documents])
+        items_D, stderr = ratio_items(sums_D, lengths_D)
+        scores.append(_score(metric, float(items_D.mean()), stderr, len(documents)))
+        items += [
+            {"task": TASK, "metric": metric, "item": str(document), "value": float(value)}
+            for document, value in zip(documents, items_D, strict=True)
+        ]
+    tokens = int(corpus.response_offsets[len(documents)])
+    entropy_R = teacher.entropy_R[:tokens].numpy()
+    for index, own in enumerate(np.array_split(np.argsort(entropy_R, kind="stable"), 10)):
+        if len(own):
+            scores.append(_score(f"kl_decile_{index + 1:02d}", float(kl_R[own].mean()), float("nan"), len(own)))
+    return scores, items
+
+
+def _per_token(
+    model: PreTrainedModel, corpus: Corpus, store: SignalStore, documents: NDArray[np.int64], batch_tokens: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """KL and agreement of every response token, by its global index; NaN for documents that are left out."""
+    teacher = store.split("test")
+    kl_R = np.full(corpus.response_tokens, np.nan)
+    agreement_R = np.full(corpus.response_tokens, np.nan)
+    block = max(_BLOCK, int(corpus.lengths[documents].max()))
+    blocks = pack(corpus.lengths, block, documents)
+    per_batch = max(1, batch_tokens // block)
+    weight_VD, head_UE = output_weight(model), store.head_UE.to(model.device)
+    quiet = not sys.stderr.isatty()
+    for start in tqdm(range(0, len(blocks), per_batch), desc="fidelity", disable=quiet):
+        batch = collate(corpus, blocks[start : start + per_batch], block, pad_id=0).to(model.device)
+        hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
+        tokens_N = batch.tokens_N.cpu()
+        statistics = linear_statistics(
+            hidden_BLD.flatten(0, 1)[batch.positions_N],
+            weight_VD,
+            teacher.hidden(tokens_N).to(model.device),
+            head_UE,
+            vocab_size=store.vocab_size,
+        )
+        kl_R[tokens_N] = statistics["kl"].double().cpu()
+        agreement_R[tokens_N] = statistics["agreement"].double().cpu()
+    return kl_R, agreement_R
+
+
+def _of(value_R: NDArray[np.float64], corpus: Corpus, document: int) -> NDArray[np.float64]:
+    return value_R[corpus.response_offsets[document] : corpus.response_offsets[document + 1]]
+
+
+def _score(metric: str, value: float, stderr: float, n: int) -> dict[str, Any]:
+    return {"task": TASK, "metric": metric, "value": value, "stderr": stderr, "n": n, "task_version": VERSION}

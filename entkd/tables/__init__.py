@@ -7,8 +7,9 @@ from typing import Any
 
 from entkd.tables.arms import arm_table
 from entkd.tables.effects import effect_table
+from entkd.tables.latex import to_latex
 from entkd.tables.measured import measure, read_items, read_runs, read_scores
-from entkd.tables.wide import to_latex, to_markdown, wide_tables
+from entkd.tables.wide import to_markdown, wide_tables
 
 __all__ = ["make_tables"]
 

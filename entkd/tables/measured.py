@@ -68,8 +68,8 @@ class Measured:
         """Scores of an arm, (S,); those of a pseudo-arm scored once are repeated."""
         values = self.values[arm]
         if self._constant(arm):
-            return np.repeat(values.to_numpy(dtype=np.float64), len(seeds))
-        return values.loc[list(seeds)].to_numpy(dtype=float)
+            return np.full(len(seeds), float(values.iloc[0]), np.float64)
+        return np.asarray(values.loc[list(seeds)], dtype=np.float64)
 
     def by_item(self, arm: str, other: str, seeds: Sequence[int]) -> NDArray[np.float64] | None:
         """Differences arm − other, (S, I), or None where one of them has no items.
@@ -81,13 +81,13 @@ class Measured:
         """
         if arm not in self.items or other not in self.items:
             return None
-        ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
-        if set(ours.columns) != set(theirs.columns):
-            odd = sorted(set(ours.columns) ^ set(theirs.columns))[0]
+        odd = set(self.items[arm].columns) ^ set(self.items[other].columns)
+        if odd:
             raise UserError(
                 f"items of {self.label} {self.metric}: arms {arm} and {other} were scored on different items "
-                f"(item {odd} is missing in one of them); score both with the same suite"
+                f"(item {min(odd)} is missing in one of them); score both with the same suite"
             )
+        ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
         difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
         return difference_SI
 

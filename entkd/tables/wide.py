@@ -1,16 +1,15 @@
-"""Wide tables for people, as Markdown and as LaTeX, both from the same cells."""
+"""Wide tables for people, as cells that Markdown and LaTeX share, and as Markdown."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from entkd.stats import COMPONENTS, LEVEL
+from entkd.stats import COMPONENTS, LEVEL, factorial_of
 from entkd.tables.arms import COSTS, GAP_CLOSED
 from entkd.tables.effects import EXPLORATORY, PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS
@@ -36,14 +35,15 @@ def wide_tables(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataF
     arms = Wide(
         f"Every arm against {settings['analysis']['reference']}",
         _arm_cells(table),
-        _arm_notes(settings, table, effects),
+        _arm_notes(settings, table),
     )
     if effects.empty:
         return [arms]
-    return [arms, Wide("Effects of the components", _effect_cells(table, effects), _effect_notes(settings))]
+    return [arms, Wide("Effects of the components", _effect_cells(settings, table, effects), _effect_notes(settings))]
 
 
 def _arm_cells(table: pd.DataFrame) -> pd.DataFrame:
+    decimals = _digits(table)
     usual = {component: _usual(table[component]) for component in COMPONENTS}
     rows = []
     for _, own in table.groupby("arm", sort=False):
@@ -56,7 +56,7 @@ def _arm_cells(table: pd.DataFrame) -> pd.DataFrame:
             if line["task"] == GAP_CLOSED:
                 row["", "gap closed"] = _number(line["mean"], 2) + _interval(line, 2)
                 continue
-            digits, group = _digits(table, line), _heading(line)
+            digits, group = decimals[line["task"], line["metric"]], _heading(line)
             sd = "" if math.isnan(line["sd"]) else f" ± {_number(line['sd'], digits)}"
             row[group, "mean ± sd"] = _number(line["mean"], digits) + sd
             row[group, "Δ"] = _estimate(line, line["delta"], digits)
@@ -72,17 +72,17 @@ def _costs(row: pd.Series[Any]) -> dict[tuple[str, str], str]:
     return {("", names[cost]): "" if pd.isna(row[cost]) else shown[cost] for cost in COSTS}
 
 
-def _effect_cells(table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+def _effect_cells(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+    design, decimals = factorial_of(settings["arms"]), _digits(table)
     directions = table.set_index(["task", "metric"])["direction"].to_dict()
     rows = []
     for effect, own in effects.groupby("effect", sort=False):
-        row = {
-            ("", "effect"): str(effect).replace(":", " × ").replace("-", " − "),
-            ("", "family"): own["family"].iloc[0],
-        }
+        is_contrast = design and effect == design.full_minus_base
+        name = f"{design.arms[-1]} − {design.arms[0]}" if is_contrast else str(effect).replace(":", " × ")
+        row = {("", "effect"): name, ("", "family"): own["family"].iloc[0]}
         for _, line in own.iterrows():
             line["direction"] = directions[line["task"], line["metric"]]
-            digits = _digits(table, line)
+            digits = decimals[line["task"], line["metric"]]
             row["", _heading(line)] = _estimate(line, line["estimate"], digits)
         rows.append(row)
     return pd.DataFrame(rows, columns=pd.MultiIndex.from_tuples(rows[0]))
@@ -115,11 +115,13 @@ def _number(value: float, digits: int, sign: bool = False) -> str:
     return ("−" if value < 0 else "+" if sign else "") + text
 
 
-def _digits(table: pd.DataFrame, line: pd.Series[Any]) -> int:
-    """Decimals of a task's numbers: three for numbers below 10, one less for each power of ten."""
-    same = table[(table["task"] == line["task"]) & (table["metric"] == line["metric"])]
-    largest = max(1.0, float(same["mean"].abs().max()))
-    return max(0, 3 - math.floor(math.log10(largest)))
+def _digits(table: pd.DataFrame) -> dict[tuple[str, str], int]:
+    """(task, metric) → decimals of its numbers: three for numbers below 10, one less for each power of ten."""
+    largest = table.assign(size=table["mean"].abs()).groupby(["task", "metric"])["size"].max()
+    return {
+        (str(task), str(metric)): max(0, 3 - math.floor(math.log10(max(1.0, size))))
+        for (task, metric), size in largest.items()
+    }
 
 
 def _heading(line: pd.Series[Any]) -> str:
@@ -132,40 +134,45 @@ def _usual(labels: pd.Series[str]) -> str:
     return given.most_common(1)[0][0] if given else ""
 
 
-def _arm_notes(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> tuple[str, ...]:
-    analysis = settings["analysis"]
-    students = table[~table["arm"].isin(PSEUDO_ARMS)]
-    counts = sorted(set(students["n"].astype(int)))
+def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]:
+    analysis, design = settings["analysis"], factorial_of(settings["arms"])
+    counts = sorted(set(table.loc[~table["arm"].isin(PSEUDO_ARMS), "n"].astype(int)))
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    percent = f"{LEVEL:.0%}".replace("%", " %")
     ticks = "; ".join(f"{c}: {_usual(table[c])}" for c in COMPONENTS if _usual(table[c]))
     notes = [f"✓ means {ticks}. Another setting is written out."] if ticks else []
     notes += [
         f"n = {n} seed{'s' if counts != [1] else ''} per arm; mean ± sd over seeds. Δ is the arm minus "
-        f"{analysis['reference']} in the units of the metric, paired by seed and item, with its {percent} interval over "
-        "seeds and items (over seeds alone where a task has no items). ↑ higher is better, ↓ lower is better. "
-        "teacher and untrained are reference rows and are not tested.",
+        f"{analysis['reference']} in the units of the metric, paired by seed and item, with its {_percent(LEVEL)} "
+        "interval over seeds and items (over seeds alone where a task has no items). ↑ higher is better, ↓ lower is "
+        "better. teacher and untrained are reference rows and are not tested.",
         f"▲ better, ▼ worse: claimed because p < {analysis['alpha']:g} after Holm's correction. Without a mark the "
         "difference is not shown; mdd is the smallest true difference that this design would claim with "
-        f"{analysis['power']:.0%} power whatever the other tests give.".replace("%", " %"),
+        f"{_percent(analysis['power'])} power whatever the other tests give. Where it is larger than any real "
+        "difference, this many seeds of a single arm cannot claim.",
     ]
     if counts == [1]:
         notes.append("With one seed no claim about the method is possible: intervals are over items alone.")
-    full = effects[effects["family"] == PRIMARY]["effect"].iloc[-1] if (effects["family"] == PRIMARY).any() else ""
-    declared = f", except {full.replace('-', ' − ')}, which is a declared contrast (next table)" if "-" in full else ""
-    notes.append(f"All comparisons here are exploratory and corrected together, over arms and tasks{declared}.")
-    if (table["task"] == GAP_CLOSED).any() and table.loc[table["task"] == GAP_CLOSED, "mean"].notna().any():
+    but = ""
+    if design and design.arms[0] == analysis["reference"] and design.full_minus_base in settings["primary"]:
+        but = f", except {design.arms[-1]} − {design.arms[0]}, which is a declared contrast (next table)"
+    notes.append(f"All comparisons here are exploratory and corrected together, over arms and tasks{but}.")
+    if table.loc[table["task"] == GAP_CLOSED, "mean"].notna().any():
         notes.append(
-            "gap closed is the sum over tasks of arm − untrained, divided by that of teacher − untrained, with Fieller's "
-            f"{percent} interval; fidelity and tasks with too small a gap are left out. It describes and is not tested."
+            "gap closed is the sum over tasks of arm − untrained, divided by that of teacher − untrained, with "
+            f"Fieller's {_percent(LEVEL)} interval over seeds; fidelity, and tasks with too small a gap, are left out. "
+            "It describes and is not tested."
         )
     if table[COSTS].notna().any(axis=None):
         notes.append("tokens, seconds, TFLOPs and peak memory are means over seeds of the training runs.")
     return tuple(notes)
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
 def _effect_notes(settings: dict[str, Any]) -> tuple[str, ...]:
-    alpha, power = settings["analysis"]["alpha"], f"{settings['analysis']['power']:.0%}".replace("%", " %")
+    alpha, power = settings["analysis"]["alpha"], _percent(settings["analysis"]["power"])
     return (
         "A main effect is the mean of the arms with the component minus the mean of those without it, in the units of "
         "the metric; an interaction is half of what one component adds to the effect of another. Error pooled over the "
@@ -187,56 +194,3 @@ def to_markdown(tables: list[Wide]) -> str:
         parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
         parts.append("\n" + "\n".join(f"- {note}" for note in wide.notes) + "\n")
     return "\n".join(parts)
-
-
-def to_latex(tables: list[Wide]) -> str:
-    """LaTeX with booktabs rules; needs the packages that its first line names, and any engine."""
-    parts = ["% \\usepackage{booktabs,amssymb,graphicx}"]
-    for wide in tables:
-        cells = wide.cells.map(latex_escape)
-        cells.columns = pd.MultiIndex.from_tuples([tuple(latex_escape(part) for part in c) for c in cells.columns])
-        if not any(group for group, _ in cells.columns):
-            cells.columns = cells.columns.droplevel(0)
-        body = cells.style.hide(axis="index").to_latex(
-            hrules=True, multicol_align="c", column_format="l" * cells.shape[1]
-        )
-        parts.append(
-            f"\\begin{{table*}}\n\\caption{{{latex_escape(wide.title)}}}\n\\resizebox{{\\textwidth}}{{!}}{{%\n{body}}}\n"
-            + "".join(f"\\par\\footnotesize {latex_escape(note)}\n" for note in wide.notes)
-            + "\\end{table*}"
-        )
-    return "\n".join(parts) + "\n"
-
-
-SPECIAL = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}"}
-SPECIAL |= {"^": "\\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$"}
-SYMBOLS = {
-    "±": "\\pm",
-    "−": "-",
-    "×": "\\times",
-    "✓": "\\checkmark",
-    "▲": "\\blacktriangle",
-    "▼": "\\blacktriangledown",
-}
-SYMBOLS |= {"↑": "\\uparrow", "↓": "\\downarrow", "Δ": "\\Delta", "≥": "\\geq", "≤": "\\leq"}
-SYMBOLS |= {"α": "\\alpha", "β": "\\beta", "γ": "\\gamma", "κ": "\\kappa", "λ": "\\lambda", "μ": "\\mu", "θ": "\\theta"}
-SYMBOLS |= {"τ": "\\tau", "σ": "\\sigma", "²": "^2", "³": "^3"}
-
-
-def latex_escape(text: str) -> str:
-    """Text as LaTeX in plain ASCII: special characters escaped, symbols as mathematics, accents dropped.
-
-    A character without a known form becomes `?`, so that the file compiles with every engine.
-    """
-    out = []
-    for character in text:
-        if character in SPECIAL:
-            out.append(SPECIAL[character])
-        elif character in SYMBOLS:
-            out.append(f"${SYMBOLS[character]}$")
-        elif character.isascii():
-            out.append(character)
-        else:
-            plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-            out.append("".join(SPECIAL.get(c, c) for c in plain) or "?")
-    return "".join(out)

@@ -71,7 +71,7 @@ def test_user_mistakes_show_no_traceback(monkeypatch: pytest.MonkeyPatch, error:
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setitem(cli.STAGES, "check", (fail, "", "experiment"))
+    monkeypatch.setitem(cli.STAGES, "check", (fail, "fails", "experiment"))
     assert cli.main(["check"]) == status
 
 
@@ -79,7 +79,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(_: object) -> None:
         raise PermissionError("x")
 
-    monkeypatch.setitem(cli.STAGES, "check", (fail, "", "experiment"))
+    monkeypatch.setitem(cli.STAGES, "check", (fail, "fails", "experiment"))
     with pytest.raises(PermissionError):
         cli.main(["check"])
 

@@ -11,6 +11,7 @@ import yaml
 
 from entkd.config import CrossEntropy, Experiment, load_experiment
 from entkd.config.errors import ConfigError
+from entkd.config.jobs import COMPONENTS
 
 ROOT = Path(__file__).parents[1]
 DELETED = object()
@@ -62,7 +63,7 @@ BAD = [
     (
         "arms/full/curriculum",
         {"kapa": 1},
-        "arms.full.curriculum: unknown key `kapa`; did you mean `kappa`? Known: kappa,",
+        "arms.full.curriculum: unknown key `kapa`; did you mean `kappa`? Known:",
     ),
     ("arms/full/temperature", {"base": -1}, "arms.full.temperature.base: -1 must be greater than 0"),
     ("arms/x", {"curiculum": {}}, "arms.x: unknown key `curiculum`; did you mean `curriculum`? Known: ce, curriculum,"),
@@ -74,12 +75,12 @@ BAD = [
     (
         "arms/x",
         {"features": {"threshold": 0.5}},
-        "arms.x.features.threshold: 0.5 is below signals.features.threshold 0.8",
+        "arms.x.features.threshold: 0.5 is below signals.features.",
     ),
     (
         "arms/x",
         {"features": {"tokens": "random"}},
-        "arms.x.features.tokens: random needs `signals.features.tokens: all`",
+        "arms.x.features.tokens: random needs `signals.features.",
     ),
     ("arms/x", {"features": {"points": 2}}, "arms.x.features.points: 2 does not divide signals.features.points 3"),
     ("signals/features", None, "arms.full.features: needs hidden states, and signals.features is null"),
@@ -87,7 +88,7 @@ BAD = [
     (
         "method/divergence",
         {"name": "jsd", "bta": 1},
-        "method.divergence: unknown key `bta`; did you mean `beta`? Known:",
+        "method.divergence: unknown key `bta`; did you mean `beta`?",
     ),
     ("method/divergence", {"beta": 1}, "method.divergence: `name` is missing"),
     ("data/source", "hubb", "data.source: unknown name `hubb`; did you mean `hub`? Known: synthetic, json, hub"),
@@ -96,12 +97,12 @@ BAD = [
     (
         "data",
         {"source": "json", "files": {"train": "no.jsonl"}},
-        "data.files.train: no file `no.jsonl` (working directory",
+        "data.files.train: no file `no.jsonl` (",
     ),
     (
         "data",
         {"source": "json", "files": {"tain": "x"}},
-        'data.files.tain: "tain" must be one of train, dev, test; did you',
+        'data.files.tain: "tain" must be one of train, dev, test',
     ),
     ("data", "text", 'data: "text" must be a mapping of settings'),
     ("teacher", {"source": "hub", "repo": "a/b"}, "teacher: `source: hub` needs `revision`"),
@@ -151,17 +152,18 @@ def test_minimal_experiment_is_complete(load: Callable[..., Experiment]) -> None
 
 
 def test_overrides_merge_and_read_yaml(load: Callable[..., Experiment]) -> None:
+    sft = {"divergence": "null", "ce": {}}
     overrides = {
         "seeds": ["5"],
         "training": {"lr": "1e-4", "clip": "null"},
-        "arms": {"sft": {"divergence": "null", "ce": {}}},
+        "arms": {"sft": sft},
     }
     experiment = load(minimal(), overrides)
     assert experiment.seeds == (5,)
     assert (experiment.training.lr, experiment.training.clip, experiment.training.steps) == (1e-4, None, 2)
     assert list(experiment.resolved_arms) == ["kd", "full", "sft"]
-    sft = experiment.resolved_arms["sft"].method
-    assert (sft.divergence, sft.ce) == (None, CrossEntropy())
+    method = experiment.resolved_arms["sft"].method
+    assert (method.divergence, method.ce) == (None, CrossEntropy())
     with pytest.raises(ConfigError, match="unknown key `sedes`; did you mean `seeds`"):
         load(minimal(), {"sedes": [1]})
 
@@ -193,22 +195,17 @@ def test_files_that_are_no_experiment(tmp_path: Path, text: str, message: str) -
         load_experiment(tmp_path / "y.yaml")
 
 
-@pytest.mark.parametrize(
-    "file", ["config.yaml", *(f"experiments/{f.name}" for f in ROOT.glob("config/experiments/*.yaml"))]
-)
-def test_shipped_experiments_are_valid(file: str) -> None:
-    experiment = load_experiment(ROOT / "config" / file)
-    assert experiment.name == ("demo" if file == "config.yaml" else Path(file).stem)
+@pytest.mark.parametrize("file", sorted(ROOT.glob("config/**/*.yaml")), ids=lambda file: file.stem)
+def test_shipped_experiments_are_valid(file: Path) -> None:
+    experiment = load_experiment(file)
+    assert experiment.name == ("demo" if file.name == "config.yaml" else file.stem)
 
 
 def test_demo_is_what_the_documentation_says() -> None:
     demo = load_experiment(ROOT / "config/config.yaml")
     arms = demo.resolved_arms
     factorial = [arm for arm in arms.values() if arm.role == "factorial"]
-    cells = {
-        tuple(getattr(arm.method, c) is not None for c in ("curriculum", "temperature", "features"))
-        for arm in factorial
-    }
+    cells = {tuple(getattr(arm.method, name) is not None for name in COMPONENTS) for arm in factorial}
     assert (len(arms), len(demo.seeds), len(factorial), len(cells)) == (12, 3, 8, 8)
     assert arms["full"].method.temperature.c == 0.5
     assert {"sft", "seqkd", "kd", "full", "reverse_kl", "reverse_kl_full"} <= set(arms)

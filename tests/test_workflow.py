@@ -184,15 +184,15 @@ def test_figures_from_published_scores_alone(finished: Path, tmp_path: Path) -> 
     assert rules == {"ablation_table": 1, "figures": 1}
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda e: e["arms"].update(x={"curriculum": {"kapa": 1}}), "arms.x.curriculum: unknown key `kapa`; did you mean `kappa`?"),
-        (lambda e: e["arms"].update(x={"pipeline": "seqdk", "ce": {}}), "arms.x.pipeline: unknown name `seqdk`; did you mean `seqkd`?"),
-    ],
-)  # fmt: skip
-def test_bad_experiment_stops_before_any_job(finished: Path, change: Callable[[dict], object], message: str) -> None:
-    write_experiment(finished, change)
+BAD_ARMS = [
+    ({"curriculum": {"kapa": 1}}, "arms.x.curriculum: unknown key `kapa`; did you mean `kappa`?"),
+    ({"pipeline": "seqdk", "ce": {}}, "arms.x.pipeline: unknown name `seqdk`; did you mean `seqkd`?"),
+]
+
+
+@pytest.mark.parametrize(("arm", "message"), BAD_ARMS)
+def test_bad_experiment_stops_before_any_job(finished: Path, arm: dict, message: str) -> None:
+    write_experiment(finished, lambda experiment: experiment["arms"].update(x=arm))
     before = (finished / "calls.txt").read_text()
     run = snakemake_in(finished, "results/ablation_table.csv")
     assert run.returncode == 1

@@ -55,20 +55,23 @@ def token_plan(
     ValueError
         A component is on and the difficulty is missing.
     """
-    weight_N = temperature_N = features_N = scale_N = None
-    if method.needs_difficulty and difficulty_N is None:
-        raise ValueError("curriculum, temperature and features need difficulty_N; got None")
-    if method.temperature is not None:
-        temperature_N = token_temperature(difficulty_N, method.temperature)
-        scale_N = loss_scale(temperature_N, method.temperature.t2)
-    if method.curriculum is not None:
-        weight_N = token_weights(difficulty_N, progress, method.curriculum)
-    if method.features is not None:
-        features_N = select_tokens(difficulty_N, method.features, tokens_N, seed)
-    weight_scale_mean = _mean(scale_N if weight_N is None else weight_N if scale_N is None else weight_N * scale_N)
-    if method.temperature is not None and method.temperature.normalise == "joint":
-        joint_N = torch.ones_like(scale_N) if weight_N is None else weight_N
-        weight_N = joint_N / weight_scale_mean if weight_scale_mean > 0 else torch.zeros_like(joint_N)
+    weight_N = temperature_N = features_N = None
+    weight_scale_mean = 1.0
+    if method.needs_difficulty:
+        if difficulty_N is None:
+            raise ValueError("curriculum, temperature and features need difficulty_N; got None")
+        weight_scale_N = torch.ones_like(difficulty_N)
+        if method.curriculum is not None:
+            weight_N = weight_scale_N = token_weights(difficulty_N, progress, method.curriculum)
+        if method.temperature is not None:
+            temperature_N = token_temperature(difficulty_N, method.temperature)
+            weight_scale_N = weight_scale_N * loss_scale(temperature_N, method.temperature.t2)
+        weight_scale_mean = _mean(weight_scale_N)
+        if method.temperature is not None and method.temperature.normalise == "joint":
+            weight_N = torch.ones_like(difficulty_N) if weight_N is None else weight_N
+            weight_N = weight_N / weight_scale_mean if weight_scale_mean > 0 else torch.zeros_like(weight_N)
+        if method.features is not None:
+            features_N = select_tokens(difficulty_N, method.features, tokens_N, seed)
     return TokenPlan(
         weight_N,
         temperature_N,

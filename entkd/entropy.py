@@ -8,6 +8,7 @@ Shapes: N tokens, V vocabulary, C calibration tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -51,7 +52,7 @@ class Difficulty:
             raise ValueError(f"difficulty scale logv needs vocab_size >= 2; got {vocab_size}")
         self.sorted_entropy_C = sorted_entropy_C
         self.scale = scale
-        self.vocab_size = vocab_size
+        self.largest_entropy = math.log(vocab_size) if vocab_size else math.inf
 
     @classmethod
     def fit(
@@ -117,7 +118,7 @@ class Difficulty:
             # Double precision: the sum of two counts has to stay exact before the division.
             return ((below_N + up_to_N).double() / (2 * calibration_C.numel())).float()
         if self.scale == "logv":
-            return (entropy_N / torch.tensor(float(self.vocab_size)).log().item()).clamp(0.0, 1.0)
+            return (entropy_N / self.largest_entropy).clamp(0.0, 1.0)
         return self._minmax(entropy_N, sequence_N)
 
     def _minmax(self, entropy_N: Tensor, sequence_N: Tensor | None) -> Tensor:

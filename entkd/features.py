@@ -99,8 +99,9 @@ class Projectors(nn.ModuleList):
                 )
             super().__init__(nn.Identity() for _ in range(pairs))
             return
-        super().__init__(nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs))
-        for projector in self:
+        projectors = [nn.Linear(student_width, teacher_width, bias=False) for _ in range(pairs)]
+        super().__init__(projectors)
+        for projector in projectors:
             nn.init.normal_(projector.weight, std=student_width**-0.5, generator=generator)
 
 
@@ -126,7 +127,7 @@ def feature_loss(
     """
     dtype = torch.promote_types(student_hidden_ND.dtype, torch.float32)
     with torch.autocast(student_hidden_ND.device.type, enabled=False):
-        projected_NE = projector(student_hidden_ND.to(dtype))
+        projected_NE: Tensor = projector(student_hidden_ND.to(dtype))
         target_NE = teacher_hidden_NE.detach().to(dtype)
         if loss == "cosine":
             return (1 - torch.cosine_similarity(projected_NE, target_NE, dim=-1)).sum()

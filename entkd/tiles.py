@@ -14,7 +14,7 @@ Shapes: N tokens, R tokens of a tile, D width, V rows of the output projection.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ def tiled_loss(hidden_ND: Tensor, weight_VD: Tensor, target: TileTarget, loss: T
     low_precision = hidden_ND.dtype == torch.bfloat16 or (autocast and hidden_ND.dtype == torch.float32)
     # Inside forward() grad mode is always off, so ask here.
     wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, weight_VD))
-    return _TiledLoss.apply(hidden_ND, weight_VD, target, loss, vocab_size, low_precision, wants)
+    total: Tensor = _TiledLoss.apply(hidden_ND, weight_VD, target, loss, vocab_size, low_precision, wants)  # type: ignore[no-untyped-call]
+    return total
 
 
 class _TiledLoss(torch.autograd.Function):
@@ -68,8 +69,7 @@ class _TiledLoss(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             used_VD = weight_VD[:vocab_size]
             logits = projection(hidden_ND, used_VD, dtype)
-            hidden_product_ND = hidden_ND.to(product_dtype) if wants[1] else None
-            weight_product_VD = used_VD.to(product_dtype) if wants[0] else None
+            hidden_product_ND, weight_product_VD = hidden_ND.to(product_dtype), used_VD.to(product_dtype)
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
             weight_grad_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
             total = torch.zeros((), dtype=dtype, device=device)
@@ -121,23 +121,23 @@ def projection(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tile
     both_bf16 = hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and dtype == torch.float32
     if both_bf16 and hidden_ND.device.type == "cuda":
         return lambda rows: torch.mm(hidden_ND[rows], weight_VD.T, out_dtype=torch.float32)
+    # Without AMX the detour over bf16 gains nothing.
+    amx = hidden_ND.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    use_bf16_units = both_bf16 and amx
     weight_VD = weight_VD.to(dtype)
 
     def project(rows: slice) -> Tensor:
-        with torch.autocast(hidden_ND.device.type, enabled=False), _bf16_units(both_bf16):
+        units = _mkldnn_bf16() if use_bf16_units else nullcontext()
+        with torch.autocast(hidden_ND.device.type, enabled=False), units:
             return hidden_ND[rows].to(dtype) @ weight_VD.T
 
     return project
 
 
-def _bf16_units(both_bf16: bool) -> AbstractContextManager[None]:
-    """On CPUs with AMX, multiply fp32 tensors that hold bf16 values on the bf16 units: exact products, fp32 sums."""
-    return _mkldnn_bf16() if both_bf16 and torch.cpu._is_amx_tile_supported() else nullcontext()
-
-
 @contextmanager
 def _mkldnn_bf16() -> Iterator[None]:
-    matmul = torch.backends.mkldnn.matmul
+    """Multiply fp32 tensors on the bf16 units: exact products of bf16 values, summed in fp32."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -48,7 +48,8 @@ def test_joint_normalisation_makes_the_mean_of_weight_times_scale_one(t2, curric
 
 def test_features_are_chosen_and_counted():
     plan = token_plan(GRID, 0.1, method(features={}))
-    assert plan.weight_N is None and plan.temperature_N is None
+    assert plan.weight_N is None
+    assert plan.temperature_N is None
     assert plan.summary["hard"] == int(plan.features_N.sum()) == 800
     seeded = method(features={"tokens": "random"})
     a, b = (token_plan(GRID, 0.1, seeded, torch.arange(4000), seed=seed).features_N for seed in (0, 1))

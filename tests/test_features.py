@@ -38,7 +38,8 @@ def test_bf16_hidden_states_under_autocast_are_computed_in_fp32(loss):
 def test_identity_compares_the_states_themselves():
     student, teacher = hidden(4, 5, 0), hidden(4, 5, 1)
     projectors = Projectors(5, 5, pairs=2, kind="identity")
-    assert len(projectors) == 2 and not list(projectors.parameters())
+    assert len(projectors) == 2
+    assert not list(projectors.parameters())
     expected = formulas.feature_terms(student, teacher, "cosine").sum()
     assert feature_loss(student, teacher, projectors[1], "cosine").item() == pytest.approx(expected, rel=1e-5)
     assert feature_loss(student, 3 * student, projectors[0], "cosine").item() == pytest.approx(0, abs=1e-5)
@@ -53,7 +54,8 @@ def test_no_token_gives_zero_and_zero_gradients(loss):
     value = feature_loss(student, torch.zeros(0, 7), projector, loss)
     value.backward()
     assert value.item() == 0
-    assert projector.weight.grad is not None and (projector.weight.grad == 0).all()
+    assert projector.weight.grad is not None
+    assert (projector.weight.grad == 0).all()
     assert student.grad is not None
 
 
@@ -61,7 +63,8 @@ def test_gradients_reach_student_and_projector_but_not_the_teacher():
     (projector,) = Projectors(5, 7, pairs=1)
     student, teacher = hidden(4, 5, 0).requires_grad_(), hidden(4, 7, 1).requires_grad_()
     feature_loss(student, teacher, projector, "cosine").backward()
-    assert student.grad.abs().sum() > 0 and projector.weight.grad.abs().sum() > 0
+    assert student.grad.abs().sum() > 0
+    assert projector.weight.grad.abs().sum() > 0
     assert teacher.grad is None
 
 

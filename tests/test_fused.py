@@ -1,0 +1,302 @@
+"""Losses fused with the projections against the definition, in tiles of every size (limits 6, 9, 11, 13, 15, 17)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from references import formulas
+
+import entkd.tiles
+from entkd.config import DIVERGENCE_NAMES
+from entkd.divergences import DIVERGENCES
+from entkd.fused import linear_cross_entropy, linear_divergence, linear_statistics
+
+OTHER_SETTINGS = [
+    ("jsd", {"beta": 0.2}),
+    ("jsd", {"beta": 0.8}),
+    ("skew_kl", {"alpha": 0.3}),
+    ("skew_reverse_kl", {"alpha": 0.3}),
+    ("adaptive_kl", {"mu": 0.7, "variant": "cover"}),
+    ("alpha_beta", {"alpha": 0.5, "beta": 0.5}),
+]
+CASES = [(name, {}) for name in DIVERGENCE_NAMES] + OTHER_SETTINGS
+N, D, E, V = 13, 6, 8, 17
+
+
+def problem(dtype=torch.float32, n=N):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    return draw(n, D), draw(V, D), draw(n, E), draw(V, E, scale=0.7)
+
+
+def extras(dtype=torch.float32, n=N):
+    generator = torch.Generator().manual_seed(1)
+    temperatures = 0.6 + 2 * torch.rand(n, generator=generator, dtype=torch.float64)
+    weights = 2 * torch.rand(n, generator=generator, dtype=torch.float64)
+    return temperatures.to(dtype), weights.to(dtype)
+
+
+def definition(name, tensors, temperatures, weights, scale, vocab=V, **settings):
+    """Value, dh and dW of Σ w s(T) D, token by token, from the formulas."""
+    h, w, th, tw = (tensor.double().numpy() for tensor in tensors)
+    w, tw = w[:vocab], tw[:vocab]
+    value, dh, dw = 0.0, np.zeros_like(h), np.zeros_like(w)
+    for i, (t, weight) in enumerate(zip(temperatures.tolist(), weights.tolist(), strict=True)):
+        student, teacher = w @ h[i], tw @ th[i]
+        factor = weight * scale(t)
+        value += factor * formulas.divergence(name, student, teacher, t, **settings)
+        dz = factor * formulas.gradient(name, student, teacher, t, **settings)
+        dh[i] = dz @ w
+        dw += np.outer(dz, h[i])
+    return value, dh, dw
+
+
+def run(tensors, **keywords):
+    h, w = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    value = linear_divergence(h, w, *tensors[2:], **keywords)
+    value.backward()
+    return value.item(), h.grad, w.grad
+
+
+def assert_close(result, expected, relative):
+    """Relative to the largest entry of each tensor."""
+    for got, want in zip(result, expected, strict=True):
+        got, want = (
+            np.asarray(x if isinstance(x, float) else x.double() if torch.is_tensor(x) else x) for x in (got, want)
+        )
+        assert np.abs(got - want).max() <= relative * max(1e-30, np.abs(want).max())
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.parametrize(("dtype", "relative"), [(torch.float32, 1e-5), (torch.float64, 1e-7)])
+def test_value_and_gradients_follow_the_definition(name, settings, dtype, relative):
+    tensors, (temperatures, weights) = problem(dtype), extras(dtype)
+    expected = definition(name, tensors, temperatures, weights, lambda t: t * t, **settings)
+    result = run(tensors, divergence=name, settings=settings, temperature_N=temperatures, weight_N=weights)
+    assert_close(result, expected, relative)
+    assert result[1].dtype == result[2].dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("t2", "scale"), [("per_token", lambda t: t * t), ("linear", lambda t: t), ("off", lambda t: 1)]
+)
+def test_the_scale_of_the_temperature_is_in_value_and_gradient(t2, scale):
+    tensors, (temperatures, _) = problem(torch.float64), extras(torch.float64)
+    expected = definition("forward_kl", tensors, temperatures, torch.ones(N), scale)
+    assert_close(run(tensors, divergence="forward_kl", temperature_N=temperatures, t2=t2), expected, 1e-7)
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize(("tile", "piece"), [(1, 1), (4, 3), (5, 2), (13, 13), (100, 100)])
+def test_tiles_change_nothing(monkeypatch, name, tile, piece):
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    keywords = {"divergence": name, "temperature_N": temperatures, "weight_N": weights}
+    expected = definition(name, tensors, temperatures, weights, lambda t: t * t)
+    monkeypatch.setattr(entkd.tiles, "tile_rows", lambda vocab, device: tile)
+    monkeypatch.setattr(entkd.tiles, "piece_rows", lambda vocab, device: piece)
+    assert_close(run(tensors, **keywords), expected, 1e-7)
+
+
+def test_no_tensor_spans_all_tokens_and_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(entkd.tiles, "tile_rows", lambda vocab, device: 4)
+    seen = []
+
+    def spy(student, teacher, temperature, **settings):
+        seen.append(student.shape)
+        return DIVERGENCES["tvd"](student, teacher, temperature)
+
+    monkeypatch.setitem(DIVERGENCES, "forward_kl", spy)
+    run(problem(), divergence="forward_kl")
+    assert sum(shape[0] for shape in seen) == N
+    assert max(shape[0] for shape in seen) <= 4
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+def test_no_token_gives_zero_and_zero_gradients(name):
+    tensors = problem(n=0)
+    value, dh, dw = run(tensors, divergence=name)
+    assert value == 0
+    assert dh.shape == (0, D)
+    assert (dw == 0).all()
+    value, dh, dw = run(problem(), divergence=name, weight_N=torch.zeros(N))
+    assert value == 0
+    assert (dh == 0).all()
+    assert (dw == 0).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf, 0.0, 50.0])
+def test_padded_rows_of_the_vocabulary_change_nothing(name, junk):
+    h, w, th, tw = problem()
+    padded = [h, torch.cat([w, torch.full((5, D), junk)]), th, torch.cat([tw, torch.full((2, E), junk)])]
+    value, dh, dw = run(padded, divergence=name, vocab_size=V)
+    expected = definition(name, (h, w, th, tw), torch.ones(N), torch.ones(N), lambda t: 1)
+    assert_close((value, dh, dw[:V]), expected, 1e-5)
+    assert (dw[V:] == 0).all()
+
+
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+def test_tokens_of_weight_zero_change_nothing_even_as_nan(name):
+    tensors, (temperatures, weights) = problem(), extras()
+    weights[[0, 5, 12]] = 0
+    expected = definition(name, tensors, temperatures, weights, lambda t: t * t)
+    broken = [tensor.clone() for tensor in tensors]
+    broken[0][5], broken[2][12], temperatures[0] = math.nan, math.inf, math.nan
+    keywords = {"divergence": name, "temperature_N": temperatures, "weight_N": weights}
+    assert_close(run(broken, **keywords), expected, 1e-5)
+
+
+def test_vocabularies_that_do_not_fit_are_refused():
+    h, w, th, tw = problem()
+    with pytest.raises(ValueError, match=r"17 rows and the teacher's 16; pass vocab_size"):
+        linear_divergence(h, w, th, tw[:16], divergence="forward_kl")
+    with pytest.raises(ValueError, match=r"teacher's output projection has 16 rows, the tokenizer 17"):
+        linear_divergence(h, w, th, tw[:16], divergence="forward_kl", vocab_size=17)
+    with pytest.raises(ValueError, match=r"student's output projection has 17 rows, the tokenizer 18"):
+        linear_cross_entropy(h, w, torch.zeros(N, dtype=torch.long), vocab_size=18)
+    with pytest.raises(ValueError, match="13 student tokens but 12 teacher tokens"):
+        linear_divergence(h, w, th[1:], tw, divergence="forward_kl")
+    with pytest.raises(ValueError, match="forward_kl, reverse_kl"):
+        linear_divergence(h, w, th, tw, divergence="kl")
+
+
+def test_gradients_scale_with_what_follows_and_reach_only_the_student():
+    tensors = [tensor.requires_grad_() for tensor in problem(torch.float64)]
+    temperatures, weights = (tensor.requires_grad_() for tensor in extras(torch.float64))
+    keywords = {"divergence": "reverse_kl", "temperature_N": temperatures, "weight_N": weights}
+    (linear_divergence(*tensors, **keywords) / -7).backward()
+    assert all(tensor.grad is None for tensor in (*tensors[2:], temperatures, weights))
+    with torch.no_grad():
+        _, dh, dw = definition("reverse_kl", [t.detach() for t in tensors], temperatures, weights, lambda t: t * t)
+    assert_close((tensors[0].grad, tensors[1].grad), (dh / -7, dw / -7), 1e-7)
+
+
+def test_without_gradients_only_the_value_is_made(monkeypatch):
+    tensors = problem()
+    monkeypatch.setattr(entkd.tiles, "_add_product", lambda *_: pytest.fail("a gradient was computed"))
+    expected = definition("jsd", tensors, torch.ones(N), torch.ones(N), lambda t: 1)[0]
+    with torch.no_grad():
+        frozen = linear_divergence(
+            tensors[0].requires_grad_(), tensors[1].requires_grad_(), *tensors[2:], divergence="jsd"
+        )
+    assert frozen.item() == pytest.approx(expected, rel=1e-5)
+    h = tensors[0].detach().requires_grad_()
+    linear_divergence(h, tensors[1].detach(), *tensors[2:], divergence="jsd").backward()
+    assert h.grad is not None
+
+
+def test_a_projection_tied_to_the_embedding_gets_both_gradients():
+    _, w, th, tw = problem(torch.float64)
+    weight, ids = w.requires_grad_(), torch.arange(N) % V
+    linear_divergence(torch.tanh(weight[ids]), weight, th, tw, divergence="forward_kl").backward()
+    untied = w.detach().clone().requires_grad_()
+    logits = torch.tanh(untied[ids]) @ untied.T
+    p = torch.softmax(th @ tw.T, -1)
+    (p * (p.log() - logits.log_softmax(-1))).sum().backward()
+    torch.testing.assert_close(weight.grad, untied.grad)
+
+
+def close_pair(weight_dtype):
+    """bf16 hidden states of a teacher and a student at a KL of about 0.02 over 2,000 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    n, width, vocab = 192, 64, 2000
+    hidden = torch.randn(n, width, generator=generator).bfloat16()
+    teacher = (3 / width**0.5 * torch.randn(vocab, width, generator=generator)).bfloat16()
+    step = 0.2 / width**0.5 * torch.randn(vocab, width, generator=generator)
+    return hidden, (teacher.float() + step).to(weight_dtype), hidden, teacher
+
+
+def relative_error(gradient, reference):
+    return ((gradient.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+def test_bf16_gradients_are_within_one_percent_where_bf16_logits_are_not(name, weight_dtype):
+    tensors = close_pair(weight_dtype)
+    h64, w64 = (tensor.double().requires_grad_() for tensor in tensors[:2])
+    # The dense functions in fp64 are held by the formulas in test_divergences.py.
+    values = DIVERGENCES[name](h64 @ w64.T, tensors[2].double() @ tensors[3].double().T)
+    values.sum().backward()
+    if name == "forward_kl":
+        assert 0.01 < values.mean().item() < 0.03
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, dh, dw = run(tensors, divergence=name)
+        naive = tensors[1].clone().requires_grad_()
+        DIVERGENCES[name](tensors[0] @ naive.T, tensors[2] @ tensors[3].T).sum().backward()
+    assert relative_error(dw, w64.grad) < 0.01
+    assert relative_error(dh, h64.grad) < 0.01
+    assert relative_error(naive.grad, w64.grad) > 0.05
+
+
+def test_bf16_without_autocast_and_fp32_states_under_autocast_are_as_good():
+    tensors = close_pair(torch.float32)
+    h64, w64 = (tensor.double().requires_grad_() for tensor in tensors[:2])
+    DIVERGENCES["forward_kl"](h64 @ w64.T, tensors[2].double() @ tensors[3].double().T).sum().backward()
+    assert relative_error(run(tensors, divergence="forward_kl")[2], w64.grad) < 0.01
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dw = run((tensors[0].float(), *tensors[1:]), divergence="forward_kl")[2]
+    assert dw.dtype == torch.float32
+    assert relative_error(dw, w64.grad) < 0.01
+
+
+def test_the_bf16_units_are_switched_on_for_one_product_only():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with entkd.tiles._mkldnn_bf16():
+        assert matmul.fp32_precision == "bf16"
+    assert matmul.fp32_precision == before
+    with pytest.raises(RuntimeError), entkd.tiles._mkldnn_bf16():
+        raise RuntimeError
+    assert matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy(weighted):
+    (h, w, _, _), (_, weights) = problem(torch.float64), extras(torch.float64)
+    weights = weights if weighted else torch.ones(N)
+    labels = torch.arange(N) % (V - 2)
+    q = [formulas.softmax(w[: V - 2].numpy() @ row) for row in h.numpy()]
+    expected = -sum(c * math.log(row[y]) for c, row, y in zip(weights.tolist(), q, labels.tolist(), strict=True))
+    dz = np.array(
+        [c * (row - np.eye(V - 2)[y]) for c, row, y in zip(weights.tolist(), q, labels.tolist(), strict=True)]
+    )
+    dh, dw = dz @ w[: V - 2].numpy(), dz.T @ h.numpy()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    value = linear_cross_entropy(h, w, labels, weight_N=weights if weighted else None, vocab_size=V - 2)
+    value.backward()
+    assert_close((value.item(), h.grad, w.grad[: V - 2]), (expected, dh, dw), 1e-12)
+    assert (w.grad[V - 2 :] == 0).all()
+    empty = linear_cross_entropy(h[:0], w, labels[:0])
+    empty.backward()
+    assert empty.item() == 0
+
+
+def test_statistics(monkeypatch):
+    monkeypatch.setattr("entkd.fused.tile_rows", lambda vocab, device: 5)
+    monkeypatch.setattr("entkd.fused.piece_rows", lambda vocab, device: 2)
+    h, w, noise, _ = problem()
+    # A teacher that sometimes agrees: the student in two more dimensions, with noise.
+    th, tw = torch.cat([h, torch.ones(N, E - D)], 1) + 0.4 * noise, torch.cat([w, torch.zeros(V, E - D)], 1)
+    labels = torch.arange(N) % V
+    padded = torch.cat([w, torch.full((3, D), math.nan)])
+    result = linear_statistics(h.requires_grad_(), padded, th, tw, vocab_size=V, labels_N=labels)
+    for i in range(N):
+        student, teacher = (
+            (rows.detach().double() @ weight.double().T)[i].numpy() for rows, weight in ((h, w), (th, tw))
+        )
+        q, p = formulas.softmax(student), formulas.softmax(teacher)
+        assert result["kl"][i].item() == pytest.approx(formulas.kl(p, q), rel=1e-4)
+        assert result["student_entropy"][i].item() == pytest.approx(formulas.entropy(student), rel=1e-5)
+        assert result["agreement"][i].item() == (student.argmax() == teacher.argmax())
+        assert result["nll"][i].item() == pytest.approx(-math.log(q[labels[i]]), rel=1e-5)
+    assert not any(tensor.requires_grad for tensor in result.values())
+    assert 0 < result["agreement"].sum() < N
+    assert "nll" not in linear_statistics(h, w, th, tw)
+    assert all(len(tensor) == 0 for tensor in linear_statistics(h[:0], w, th[:0], tw).values())

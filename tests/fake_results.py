@@ -45,7 +45,14 @@ def fake_settings() -> dict[str, Any]:
         on = FACTORIAL["full"] if arm["name"] == "reverse_kl_full" else FACTORIAL.get(arm["name"], ())
         arm |= {component: label if component in on else "" for component, label in COMPONENTS.items()}
     tasks = [
-        {"suite": "demo", "task": task.split("/")[0], "metric": metric, "direction": direction, "min_gap": min_gap}
+        {
+            "suite": "demo",
+            "task": task.split("/")[0],
+            "metric": metric,
+            "direction": direction,
+            "min_gap": min_gap,
+            "scale": 1.0,
+        }
         for task, (metric, direction, *_, min_gap) in TASKS.items()
     ]
     return {

@@ -35,7 +35,7 @@ def test_settings_survive_the_command_line(demo: Experiment) -> None:
 def test_names_roles_and_gaps_stay_out(demo: Experiment) -> None:
     for arm in demo.resolved_arms.values():
         assert re.search(r'"(role|pipeline)"', canonical_json(jobs.arm_settings(demo, arm))) is None
-    assert "min_gap" not in canonical_json(jobs.suite_settings(demo.suites["demo"]))
+    assert re.search(r'"(min_gap|scale)"', canonical_json(jobs.suite_settings(demo.suites["demo"]))) is None
     assert "name" not in jobs.data_settings(demo)
     assert not {"name", "precision"} & set(jobs.teacher_settings(demo))
 
@@ -64,6 +64,8 @@ def test_settings_off_their_defaults_are_in_the_words(demo: Experiment) -> None:
 
 def test_primary_family_needs_the_whole_factorial(demo: Experiment) -> None:
     assert jobs.analysis_settings(demo)["primary"] == ["curriculum", "temperature", "features", "full-kd"]
+    other = load_experiment(ROOT / "config/config.yaml", {"analysis": {"reference": "sft"}})
+    assert jobs.analysis_settings(other)["primary"][-1] == "full-kd"
     broken = load_experiment(ROOT / "config/config.yaml", {"arms": {"features": {"role": "control"}}})
     assert jobs.analysis_settings(broken)["primary"] == []
 

@@ -49,10 +49,10 @@ def arm_settings(experiment: Experiment, arm: ResolvedArm) -> dict[str, Any]:
 
 
 def suite_settings(suite: Suite) -> dict[str, Any]:
-    """For scoring; `min_gap` is the table's business."""
+    """For scoring; `min_gap` and `scale` are the table's business."""
     settings = suite.model_dump(mode="json")
     for task in settings["tasks"]:
-        del task["min_gap"]
+        del task["min_gap"], task["scale"]
     return settings
 
 
@@ -65,7 +65,7 @@ def analysis_settings(experiment: Experiment) -> dict[str, Any]:
             tasks.append({"suite": name, "task": task.name} | task.model_dump(mode="json", exclude={"name"}))
         if suite.fidelity:
             for metric, direction in FIDELITY:
-                shared = {"metric": metric, "direction": direction, "min_gap": 0.0}
+                shared = {"metric": metric, "direction": direction, "min_gap": 0.0, "scale": 1.0}
                 tasks.append({"suite": name, "task": "entkd_fidelity"} | shared)
     return {
         "analysis": experiment.analysis.model_dump(mode="json"),
@@ -87,13 +87,14 @@ def figure_settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def _primary_family(experiment: Experiment) -> list[str]:
-    """The main effects of the factorial's components, and the arm with all of them against the reference."""
+    """The main effects of the factorial's components, and the arm with all of them against the arm with none."""
     factorial = [arm for arm in experiment.resolved_arms.values() if arm.role == "factorial"]
     varied = [name for name in COMPONENTS if len({getattr(arm.method, name) is None for arm in factorial}) == 2]
     full = [arm.name for arm in factorial if all(getattr(arm.method, name) is not None for name in varied)]
-    if not varied or len(factorial) != 2 ** len(varied) or len(full) != 1:
+    base = [arm.name for arm in factorial if all(getattr(arm.method, name) is None for name in varied)]
+    if len(varied) < 2 or len(factorial) != 2 ** len(varied) or len(full) != 1 or len(base) != 1:
         return []
-    return [*varied, f"{full[0]}-{experiment.analysis.reference}"]
+    return [*varied, f"{full[0]}-{base[0]}"]
 
 
 def _arm_in_words(arm: ResolvedArm) -> dict[str, str]:

@@ -259,6 +259,8 @@ class Task(Settings):
     """Which way is better."""
     min_gap: float = Field(0.0, ge=0)
     """Teacher-student gap under which `gap_closed` leaves this task out."""
+    scale: float = Field(1.0, gt=0)
+    """Units of this metric that count as one where `gap_closed` sums over tasks, e.g. 100 for a percentage."""
 
 
 class Suite(Settings):

@@ -32,7 +32,7 @@ def make_tables(
     ----------
     settings
         ``analysis`` (reference, alpha, power), ``arms`` (name, role and the components in words, in the order of the
-        rows), ``tasks`` (suite, task, metric, direction, min_gap and optionally scale), ``primary`` (effects of the
+        rows), ``tasks`` (suite, task, metric, direction, min_gap, scale), ``primary`` (effects of the
         factorial that were declared before the run).
     scores
         CSV with arm, seed, suite, task, metric, value; arms that the settings do not name are left out.

@@ -134,7 +134,7 @@ def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame 
                 metric=task["metric"],
                 direction=task["direction"],
                 min_gap=task["min_gap"],
-                scale=task.get("scale", 1.0),
+                scale=task["scale"],
                 values=_values(all_scores[key], arms, f"scores of {task['task']} {task['metric']}"),
                 items=_matrices(all_items[key]) if key in all_items else {},
             )

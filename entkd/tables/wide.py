@@ -77,8 +77,9 @@ def _effect_cells(settings: dict[str, Any], table: pd.DataFrame, effects: pd.Dat
     directions = table.set_index(["task", "metric"])["direction"].to_dict()
     rows = []
     for effect, own in effects.groupby("effect", sort=False):
-        is_contrast = design and effect == design.full_minus_base
-        name = f"{design.arms[-1]} − {design.arms[0]}" if is_contrast else str(effect).replace(":", " × ")
+        name = str(effect).replace(":", " × ")
+        if design and effect == design.full_minus_base:
+            name = f"{design.arms[-1]} − {design.arms[0]}"
         row = {("", "effect"): name, ("", "family"): own["family"].iloc[0]}
         for _, line in own.iterrows():
             line["direction"] = directions[line["task"], line["metric"]]
@@ -117,11 +118,11 @@ def _number(value: float, digits: int, sign: bool = False) -> str:
 
 def _digits(table: pd.DataFrame) -> dict[tuple[str, str], int]:
     """(task, metric) → decimals of its numbers: three for numbers below 10, one less for each power of ten."""
-    largest = table.assign(size=table["mean"].abs()).groupby(["task", "metric"])["size"].max()
-    return {
-        (str(task), str(metric)): max(0, 3 - math.floor(math.log10(max(1.0, size))))
-        for (task, metric), size in largest.items()
-    }
+    decimals = {}
+    for (task, metric), rows in table.groupby(["task", "metric"]):
+        largest = max(1.0, float(rows["mean"].abs().max()))
+        decimals[str(task), str(metric)] = max(0, 3 - math.floor(math.log10(largest)))
+    return decimals
 
 
 def _heading(line: pd.Series[Any]) -> str:

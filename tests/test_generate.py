@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ending_early, tiny_llama
+from scipy import stats
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from entkd.generate import choose, generate
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer: Path) -> PreTrainedTokenizerBase:
+    return PreTrainedTokenizerFast.from_pretrained(tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(3, 300, length).tolist() for length in (5, 1, 9, 3, 9, 2, 7)]
+
+
+def reference(model, prompt: list[int], new_tokens: int) -> list[int]:
+    """Transformers' greedy continuation of one unpadded prompt."""
+    ids = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=new_tokens, eos_token_id=2, pad_token_id=2
+    )
+    return ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_greedy_equals_transformers(tokenizer, prompts: list[list[int]], batch: int) -> None:
+    model = ending_early(prompts)
+    expected = [reference(model, prompt, 24) for prompt in prompts]
+    assert len({len(response) for response in expected}) > 2  # rows end at different steps, so rows are dropped
+    assert generate(model, tokenizer, prompts, max_new_tokens=24, batch=batch) == expected
+
+
+def test_greedy_equals_transformers_with_learned_positions(tokenizer, prompts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **ends)
+    model = GPT2LMHeadModel(config).eval()
+    expected = [reference(model, prompt, 12) for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=12, batch=4) == expected
+
+
+def test_ended_rows_leave_the_cache(tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    original = DynamicCache.batch_select_indices
+
+    def select(self, indices: torch.Tensor) -> None:
+        kept.append(len(indices))
+        original(self, indices)
+
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", select)
+    outputs = generate(ending_early(prompts), tokenizer, prompts, max_new_tokens=24)
+    ended = sum(output[-1] == 2 for output in outputs)
+    assert ended >= 2
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] < len(prompts)
+
+
+def test_end_token_is_kept_and_nothing_follows_it(tokenizer, prompts: list[list[int]]) -> None:
+    stream = torch.Generator().manual_seed(0)
+    outputs = generate(
+        ending_early(prompts),
+        tokenizer,
+        prompts * 8,
+        max_new_tokens=30,
+        temperature=1.5,
+        generator=stream,
+        eos_token_id=7,
+    )
+    assert all(1 <= len(output) <= 30 for output in outputs)
+    assert all(7 not in output[:-1] for output in outputs)
+    assert all(len(output) == 30 for output in outputs if output[-1] != 7)
+    assert any(output[-1] == 7 for output in outputs)
+
+
+def test_padded_vocabulary_rows_are_never_chosen(tokenizer) -> None:
+    model = tiny_llama(vocab_size=320, seed=1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[300:] *= 50  # the largest logits by far, where the tokenizer has no tokens
+    prompts = [[5, 6, 7]] * 4
+    assert model(torch.tensor(prompts)).logits[:, -1].argmax(-1).min() >= 300
+    outputs = generate(model, tokenizer, prompts, max_new_tokens=8)
+    assert max(token for output in outputs for token in output) < 300
+
+
+def test_samples_repeat_with_the_stream(tokenizer, prompts: list[list[int]]) -> None:
+    def sample(seed: int) -> list[list[int]]:
+        stream = torch.Generator().manual_seed(seed)
+        return generate(tiny_llama(), tokenizer, prompts, max_new_tokens=6, temperature=1.0, generator=stream)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.85])
+def test_samples_follow_the_nucleus_distribution(top_p: float) -> None:
+    logits = torch.tensor([2.0, -1.0, 1.0, 0.5, 3.0, -30.0])
+    probs = np.exp(logits.double().numpy() / 0.8)
+    probs /= probs.sum()
+    # By sorting: the smallest set of most probable tokens whose mass reaches top_p.
+    order = np.argsort(-probs)
+    size = int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1
+    nucleus = order[:size]
+    stream = torch.Generator().manual_seed(0)
+    drawn = choose(logits.repeat(20000, 1), 0.8, top_p, stream).numpy()
+    assert set(drawn.tolist()) <= set(nucleus.tolist())
+    likely = nucleus[probs[nucleus] > 1e-6]
+    counts = np.bincount(drawn, minlength=6)[likely]
+    expected = probs[likely] / probs[likely].sum() * counts.sum()
+    assert stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_certain_token_is_drawn_and_impossible_tokens_are_not() -> None:
+    logits = torch.full((64, 9), -torch.inf)
+    logits[:, 4] = 0.0
+    stream = torch.Generator().manual_seed(0)
+    assert choose(logits, 1.0, 0.5, stream).tolist() == [4] * 64
+    assert choose(logits, 1.0, 1.0, stream).tolist() == [4] * 64

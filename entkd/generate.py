@@ -25,6 +25,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    max_length: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
@@ -32,10 +33,14 @@ def generate(
     eos_token_id: int | None = None,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """Continue every prompt until EOS or ``max_new_tokens``; EOS is part of the continuation.
+    """Continue every prompt until EOS or a limit; EOS is part of the continuation.
 
     Parameters
     ----------
+    max_new_tokens
+        Longest continuation.
+    max_length
+        Longest prompt with its continuation; every prompt is shorter.
     temperature
         0 is greedy; otherwise sampling from softmax(logits / temperature), from its ``top_p`` nucleus.
     generator
@@ -53,18 +58,17 @@ def generate(
     # Rows of one length need no padding, and the longest batch first shows at once whether memory suffices.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     outputs: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None, mininterval=2.0) as bar:
+    with tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            running = _Batch.start(model, [prompts[row] for row in rows], pad_id=eos)
-            for _ in range(max_new_tokens):
+            limits = [min(max_new_tokens, max_length - len(prompts[row])) for row in rows]
+            running = _Batch.start(model, [prompts[row] for row in rows], limits, pad_id=eos)
+            while running.active_B.any():
                 logits_BV = running.next_logits(model)[:, : len(tokenizer)].float().cpu()
                 tokens_B = choose(logits_BV, temperature, top_p, generator)
                 for row, token in running.append(tokens_B, eos):
                     outputs[rows[row]].append(token)
-                    bar.update(token == eos or len(outputs[rows[row]]) == max_new_tokens)
-                if not running.active_B.any():
-                    break
+            bar.update(len(rows))
     return outputs
 
 
@@ -80,12 +84,16 @@ class _Batch:
     """(B, new) positions of ``ids``, counted without padding."""
     rows_B: torch.Tensor
     """Index of each row in the batch as it started."""
+    left_B: torch.Tensor
+    """Tokens that each row may still get."""
     active_B: torch.Tensor
     """Rows that have not ended."""
     cache: DynamicCache
 
     @classmethod
-    def start(cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> _Batch:
+    def start(
+        cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: Sequence[int], pad_id: int
+    ) -> _Batch:
         longest = max(map(len, prompts))
         ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -95,6 +103,7 @@ class _Batch:
             mask_BL,
             (mask_BL.cumsum(-1) - 1).clamp_min(0),
             torch.arange(len(prompts)),
+            torch.tensor(limits),
             torch.ones(len(prompts), dtype=torch.bool),
             DynamicCache(config=model.config),
         )
@@ -115,14 +124,15 @@ class _Batch:
     def append(self, tokens_B: torch.Tensor, eos: int) -> list[tuple[int, int]]:
         """Add a token to every row; returns (row, token) of those that were active, and drops ended rows."""
         added = list(zip(self.rows_B[self.active_B].tolist(), tokens_B[self.active_B].tolist(), strict=True))
-        self.active_B &= tokens_B != eos
+        self.left_B -= 1
+        self.active_B &= (tokens_B != eos) & (self.left_B > 0)
         self.ids = tokens_B[:, None].to(self.ids.device)
         self.positions = self.positions[:, -1:] + 1
         self.mask_BL = torch.cat([self.mask_BL, self.mask_BL.new_ones(len(self.mask_BL), 1)], dim=1)
         active = int(self.active_B.sum())
         if 0 < active <= _COMPACT_BELOW * len(self.rows_B):
             keep = self.active_B.nonzero()[:, 0]
-            self.rows_B, self.active_B = self.rows_B[keep], self.active_B[keep]
+            self.rows_B, self.left_B, self.active_B = self.rows_B[keep], self.left_B[keep], self.active_B[keep]
             keep = keep.to(self.ids.device)
             self.ids, self.positions, self.mask_BL = self.ids[keep], self.positions[keep], self.mask_BL[keep]
             self.cache.batch_select_indices(keep)

@@ -36,7 +36,7 @@ def test_greedy_equals_transformers(tokenizer, prompts: list[list[int]], batch: 
     model = ending_early(prompts)
     expected = [reference(model, prompt, 24) for prompt in prompts]
     assert len({len(response) for response in expected}) > 2  # rows end at different steps, so rows are dropped
-    assert generate(model, tokenizer, prompts, max_new_tokens=24, batch=batch) == expected
+    assert generate(model, tokenizer, prompts, max_new_tokens=24, max_length=99, batch=batch) == expected
 
 
 def test_greedy_equals_transformers_with_learned_positions(tokenizer, prompts: list[list[int]]) -> None:
@@ -45,7 +45,7 @@ def test_greedy_equals_transformers_with_learned_positions(tokenizer, prompts: l
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, **ends)
     model = GPT2LMHeadModel(config).eval()
     expected = [reference(model, prompt, 12) for prompt in prompts]
-    assert generate(model, tokenizer, prompts, max_new_tokens=12, batch=4) == expected
+    assert generate(model, tokenizer, prompts, max_new_tokens=12, max_length=99, batch=4) == expected
 
 
 def test_ended_rows_leave_the_cache(tokenizer, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_ended_rows_leave_the_cache(tokenizer, prompts: list[list[int]], monkeyp
         original(self, indices)
 
     monkeypatch.setattr(DynamicCache, "batch_select_indices", select)
-    outputs = generate(ending_early(prompts), tokenizer, prompts, max_new_tokens=24)
+    outputs = generate(ending_early(prompts), tokenizer, prompts, max_new_tokens=24, max_length=99)
     ended = sum(output[-1] == 2 for output in outputs)
     assert ended >= 2
     assert kept == sorted(kept, reverse=True)
@@ -71,6 +71,7 @@ def test_end_token_is_kept_and_nothing_follows_it(tokenizer, prompts: list[list[
         tokenizer,
         prompts * 8,
         max_new_tokens=30,
+        max_length=99,
         temperature=1.5,
         generator=stream,
         eos_token_id=7,
@@ -87,14 +88,16 @@ def test_padded_vocabulary_rows_are_never_chosen(tokenizer) -> None:
         model.model.embed_tokens.weight[300:] *= 50  # the largest logits by far, where the tokenizer has no tokens
     prompts = [[5, 6, 7]] * 4
     assert model(torch.tensor(prompts)).logits[:, -1].argmax(-1).min() >= 300
-    outputs = generate(model, tokenizer, prompts, max_new_tokens=8)
+    outputs = generate(model, tokenizer, prompts, max_new_tokens=8, max_length=99)
     assert max(token for output in outputs for token in output) < 300
 
 
 def test_samples_repeat_with_the_stream(tokenizer, prompts: list[list[int]]) -> None:
     def sample(seed: int) -> list[list[int]]:
         stream = torch.Generator().manual_seed(seed)
-        return generate(tiny_llama(), tokenizer, prompts, max_new_tokens=6, temperature=1.0, generator=stream)
+        return generate(
+            tiny_llama(), tokenizer, prompts, max_new_tokens=6, max_length=99, temperature=1.0, generator=stream
+        )
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -124,3 +127,11 @@ def test_certain_token_is_drawn_and_impossible_tokens_are_not() -> None:
     stream = torch.Generator().manual_seed(0)
     assert choose(logits, 1.0, 0.5, stream).tolist() == [4] * 64
     assert choose(logits, 1.0, 1.0, stream).tolist() == [4] * 64
+
+
+def test_continuations_stop_at_the_longest_length(tokenizer, prompts: list[list[int]]) -> None:
+    model = tiny_llama()
+    outputs = generate(model, tokenizer, prompts, max_new_tokens=6, max_length=10)
+    full = generate(model, tokenizer, prompts, max_new_tokens=6, max_length=99)
+    assert [len(output) for output in outputs] == [5, 6, 1, 6, 1, 6, 3]  # prompts of 5, 1, 9, 3, 9, 2, 7 tokens
+    assert all(output == whole[: len(output)] for output, whole in zip(outputs, full, strict=True))

@@ -298,5 +298,19 @@ def test_pickled_weights_are_refused(tiny_teacher: Path, tmp_path: Path) -> None
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     load_tokenizer(tiny_teacher).save_pretrained(tmp_path)
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(UserError, match="pickled weights are not loaded"):
         load_model(tmp_path)
+    with pytest.raises(UserError, match=r"repo .* at revision main: .*safetensors"):
+        prepare_teacher(Teacher(source="hub", repo=str(tmp_path), revision="main"), tmp_path / "out")
+
+
+def test_hub_code_reads_a_repository(tiny_teacher: Path, tmp_path: Path) -> None:
+    # A folder stands for the repository: the loading code is the same.
+    source = {"repo": str(tiny_teacher), "revision": "main"}
+    prepare_teacher(Teacher(source="hub", **source), tmp_path / "teacher")
+    init_student(Student(init="hub", **source), tmp_path / "teacher", tmp_path / "student", seed=0)
+    manifest = json.loads((tmp_path / "teacher" / "manifest.json").read_text())
+    assert (manifest["repo"], manifest["revision"]) == (str(tiny_teacher), "main")
+    expected = load_model(tiny_teacher).state_dict()
+    for name, weight in load_model(tmp_path / "student").state_dict().items():
+        assert torch.equal(weight, expected[name]), name

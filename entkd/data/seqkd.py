@@ -46,18 +46,17 @@ def prepare_seqkd(
             tokenizer,
             prompts,
             max_new_tokens=max_response_tokens,
+            max_length=manifest["settings"]["max_tokens"],
             batch=batch,
             eos_token_id=eos,
             progress="responses",
         )
-    longest = manifest["settings"]["max_tokens"]
     documents = []
     for prompt, response, text in zip(prompts, responses, texts, strict=True):
-        kept = response[: longest - len(prompt)]
-        cut = kept[-1] != eos
-        shown = tokenizer.decode(kept if cut else kept[:-1])
+        cut = response[-1] != eos
+        shown = tokenizer.decode(response if cut else response[:-1])
         own = {key: text[key] for key in ("id", "prompt", "user")}
-        documents.append(Document(prompt, kept, own | {"response": shown, "cut": cut}))
+        documents.append(Document(prompt, response, own | {"response": shown, "cut": cut}))
     write_split(output, "train", documents)
     for split in ("dev", "test"):
         for path in sorted(data.glob(f"{split}.*")):

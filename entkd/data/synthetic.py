@@ -82,7 +82,7 @@ class _Writer:
                     f"data: of {self.drawn} sampled requests only {self.kept} were usable (dropped: {reasons}); "
                     "this teacher is no instruction-tuned chat model, or max_prompt_tokens is too small"
                 )
-            share = max(0.1, self.kept / self.drawn) if self.drawn else 0.5
+            share = max(0.1, self.kept / self.drawn) if self.drawn else 0.65
             count = min(math.ceil((wanted - len(self._spare)) / share), most - self.drawn)
             for ids in self._sample([self.formatter.before_request] * count, requests=True):
                 self._consider(ids)
@@ -109,9 +109,16 @@ class _Writer:
     def respond(self, requests: list[str], first: int) -> list[Document]:
         """Documents of the requests whose responses are usable, numbered from ``first``."""
         formatter = self.formatter
-        chats = [[{"role": "user", "content": request}] for request in requests]
-        prompts = [formatter.prompt_ids(formatter.prompt_text(chat)) for chat in chats]
         documents: list[Document] = []
+        chats, prompts = [], []
+        for request in requests:
+            chat = [{"role": "user", "content": request}]
+            prompt = formatter.prompt_ids(formatter.prompt_text(chat))
+            if len(prompt) < formatter.max_tokens:
+                chats.append(chat)
+                prompts.append(prompt)
+            else:
+                self.dropped["prompt_too_long"] += 1
         for chat, ids in zip(chats, self._sample(prompts, requests=False), strict=True):
             content = ids[:-1] if ids[-1] == formatter.end_of_response else ids
             text = formatter.text(content)
@@ -122,10 +129,8 @@ class _Writer:
                 self.dropped["response_too_short"] += 1
                 continue
             document = formatter.document(f"synthetic-{first + len(documents)}", chat, [text], ids)
-            if document is None:
-                self.dropped["prompt_too_long"] += 1
-            else:
-                documents.append(document)
+            assert document is not None  # prompts without room for a response are gone by now
+            documents.append(document)
         return documents
 
     def _sample(self, prompts: list[list[int]], requests: bool) -> list[list[int]]:
@@ -136,6 +141,7 @@ class _Writer:
             prompts,
             # One more token than a request may have: its end.
             max_new_tokens=settings.max_prompt_tokens + 1 if requests else settings.max_response_tokens,
+            max_length=formatter.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p if requests else 1.0,
             generator=self._request_stream if requests else self._response_stream,

@@ -40,9 +40,17 @@ def load_model(
     """The causal language model in ``folder``, in eval mode, without a key-value cache.
 
     The cache is off because Transformers isolates packed documents only without one.
+
+    Raises
+    ------
+    UserError
+        If the folder holds no model, or weights in pickled files only, which can run any code.
     """
+    folder = model_folder(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{folder}: no *.safetensors file; pickled weights are not loaded, convert them to safetensors")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model_folder(folder),
+        folder,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,

@@ -1,6 +1,6 @@
 # make ablation [EXPERIMENT=quick]   the whole experiment: table and figures
 # make figures [EXPERIMENT=quick]    only the figures, from scores that are there
-# make test | test-slow | lint       what CI runs
+# make test, make lint               what CI runs
 # make clean                         removes .venv and caches; never results
 
 SHELL := /bin/bash
@@ -13,11 +13,9 @@ FILE = $(if $(EXPERIMENT),config/experiments/$(EXPERIMENT).yaml,config/config.ya
 CONFIG = $(if $(EXPERIMENT),--config experiment=$(FILE))
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
-# One thread per worker: two workers of one thread beat one of two, and results do not depend on the machine.
-export OMP_NUM_THREADS := 1
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help ablation figures test test-slow lint clean
+.PHONY: help ablation figures test lint clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -31,18 +29,17 @@ $(READY): requirements.lock pyproject.toml
 	touch $@
 
 ablation: $(READY)
-	entkd unlock -- $(CONFIG)
+	entkd unlock
 	snakemake --cores all $(CONFIG)
 
 figures: $(READY)
-	entkd unlock -- $(CONFIG)
+	entkd unlock
 	snakemake --cores 1 $(CONFIG) -- figures
 
+# Two workers of one thread each beat one of two threads, and more would not fit into a laptop's memory.
+test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	python -m pytest -n 2 --dist worksteal -m "not slow"
-
-test-slow: $(READY)
-	python -m pytest -n 2 --dist worksteal -m slow
+	python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	ruff check .

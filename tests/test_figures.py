@@ -51,23 +51,33 @@ def study_of(n_arms: int, n_seeds: int, n_tasks: int) -> dict[str, Any]:
         key = {"task": f"entkd_some_task_{task}", "metric": "acc" if task % 2 else "bits_per_byte"}
         direction = "higher" if task % 2 else "lower"
         for name, value in (("teacher", 0.9), ("untrained", 3.0)):
-            scores.append({"arm": name, "seed": 0} | key | {"value": value})
+            scores.append({"arm": name, "seed": 0, "suite": "all"} | key | {"value": value})
         for place, name in enumerate(names):
             values = 1 + 0.02 * rng.normal() + 0.01 * rng.normal(size=n_seeds)
-            scores += [{"arm": name, "seed": seed} | key | {"value": v} for seed, v in enumerate(values)]
+            scores += [
+                {"arm": name, "seed": seed, "suite": "all"} | key | {"value": v} for seed, v in enumerate(values)
+            ]
             delta = np.nan if name == "kd" else (5.0 if place == n_arms - 1 else values.mean() - 1)
             cells = {"direction": direction, "n": n_seeds, "mean": values.mean(), "sd": values.std(), "delta": delta}
             interval = {"low": delta - 0.02, "high": delta + 0.02} if n_seeds > 1 else {"low": np.nan, "high": np.nan}
-            table.append({"arm": name} | key | cells | interval | {"p_holm": 0.01 if place % 4 == 1 else 0.5})
+            table.append(
+                {"arm": name} | key | cells | interval | {"claim": "better" if place % 4 == 1 else "not shown"}
+            )
         for effect in ("curriculum", "temperature", "features", "full-kd", "curriculum:temperature:features"):
             family = "exploratory" if ":" in effect else "primary"
             estimate = 0.01 * rng.normal()
-            cells = {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01, "p_holm": 0.2}
+            cells = {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01, "claim": "not shown"}
             effects.append(key | {"effect": effect, "family": family} | cells)
     for name in names:
         table.append({"arm": name, "task": "gap_closed", "mean": rng.random(), "low": 0.1, "high": 0.9})
         for decile in range(1, 11):
-            row = {"arm": name, "seed": 0, "task": "entkd_fidelity", "metric": f"kl_decile_{decile:02d}"}
+            row = {
+                "arm": name,
+                "seed": 0,
+                "suite": "all",
+                "task": "entkd_fidelity",
+                "metric": f"kl_decile_{decile:02d}",
+            }
             scores.append(row | {"value": 0.1 * decile + 0.05 * rng.random()})
         for seed in range(n_seeds):
             for step in range(1, 31):
@@ -184,7 +194,7 @@ def test_forest_shows_the_tables_differences_and_fills_claims() -> None:
         assert len(drawn) == 10  # eleven arms beside the reference, one of them off the scale
         for y, (_, row) in enumerate(rows.iloc[:-1].iterrows()):
             assert drawn[y][0] == pytest.approx(row["delta"])
-            assert (drawn[y][1] == "#ffffff") == (row["p_holm"] >= 0.05)
+            assert (drawn[y][1] == "#ffffff") == (row["claim"] == "not shown")
         assert [text.get_text() for text in ax.texts] == ["+5"]
         assert ax.xaxis_inverted() == (task == 0)  # bits per byte: lower is better, and better is to the right
 
@@ -201,6 +211,13 @@ def test_dots_are_the_scores_and_the_far_untrained_student_is_written() -> None:
     assert "(untrained: 3)" in ax.get_xlabel()
     assert "teacher" not in ax.get_xlabel()
     assert [0.9, 0.9] in [list(line.get_xdata()) for line in ax.lines]  # the teacher's line
+
+
+def test_a_task_of_two_suites_keeps_its_suite() -> None:
+    parts = study_of(3, 1, 1)
+    rename = {"entkd_some_task_0": "all/entkd_some_task_0"}
+    ax = panel(draw(parts | {"table": parts["table"].replace({"task": rename})}, "tasks"), "all/some task 0")
+    assert {len(line.get_xdata()) for line in ax.lines if line.get_marker() == "."} == {1}
 
 
 def test_curves_are_drawn_over_positions_with_the_range_of_seeds() -> None:

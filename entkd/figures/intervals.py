@@ -113,7 +113,7 @@ def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence
             ax.set_visible(False)
             continue
         task = study.tasks[place]
-        _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows, study.alpha)
+        _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows)
         _label_panel(ax, task, label)
     for ax in axes[:, 0]:
         ax.set_yticks(range(len(rows)), [row.label for row in rows])
@@ -129,7 +129,7 @@ def _label_panel(ax: Axes, task: Task, label: str) -> None:
     few_ticks(ax)
 
 
-def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], alpha: float) -> None:
+def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row]) -> None:
     """The intervals of one panel. A claim is a filled marker."""
     limit = _limit(values, [row.key for row in rows])
     ax.set_xlim(-limit, limit)
@@ -139,7 +139,7 @@ def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], alpha: floa
             ax.axhline(y - 0.5, color=LIGHT_GREY, linewidth=0.6, zorder=0)
         if row.key not in values.index:
             continue
-        estimate, low, high, p_holm = (number(values, row.key, c) for c in ("estimate", "low", "high", "p_holm"))
+        estimate, low, high = (number(values, row.key, column) for column in ("estimate", "low", "high"))
         if np.isnan(estimate):
             continue
         if abs(estimate) > limit:
@@ -147,7 +147,7 @@ def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], alpha: floa
             continue
         if not np.isnan(low):
             ax.plot([low, high], [y, y], color=row.colour, linewidth=1.1, zorder=2)
-        face = row.colour if p_holm < alpha else "white"
+        face = row.colour if values.at[row.key, "claim"] in ("better", "worse") else "white"
         ax.plot(estimate, y, row.marker, color=row.colour, markerfacecolor=face, markeredgewidth=0.9, zorder=3)
 
 
@@ -157,7 +157,7 @@ def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -
     ax.annotate(
         f"{estimate:+.3g}".replace("-", "−"),
         xy=(side * limit, y),
-        xytext=(side * limit * 0.62, y),
+        xytext=(side * limit * 0.45, y),
         color=row.colour,
         fontsize=6.5,
         ha="center",
@@ -173,4 +173,4 @@ def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
     if reach.empty or reach.max() == 0:
         return 1.0
     bulk = float(reach.quantile(0.7))
-    return 1.08 * float(reach[reach <= 4 * bulk].max())
+    return 1.08 * float(reach[reach <= 8 * bulk].max())

@@ -84,7 +84,7 @@ class Task:
     @property
     def title(self) -> str:
         """The task's name, wrapped to the width of a panel."""
-        name = self.task.removeprefix("entkd_").replace("_", " ")
+        name = self.task.replace("entkd_", "").replace("_", " ")
         return textwrap.fill(name, 17)
 
     @property
@@ -107,8 +107,10 @@ class Study:
     def __init__(self, settings: Mapping[str, Any], scores: pd.DataFrame, table: pd.DataFrame) -> None:
         self.reference = str(settings["analysis"]["reference"])
         self.alpha = float(settings["analysis"]["alpha"])
-        self.scores = scores
         self.table = table
+        # Where two suites share a task, the table calls it suite/task.
+        named = scores["suite"] + "/" + scores["task"]
+        self.scores = scores.assign(task=named.where(named.isin(table["task"]), scores["task"]))
         written = [
             Arm(arm["name"], "reference" if arm["name"] == self.reference else arm["role"]) for arm in settings["arms"]
         ]

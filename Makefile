@@ -20,10 +20,10 @@ export PATH := $(BIN):$(PATH)
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
+# PyPI's torch for Linux needs its CUDA libraries, which the lock leaves out because other builds have none.
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
-	# PyPI's torch for Linux needs its CUDA libraries, which the lock leaves out because other builds have none.
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install --constraint requirements.lock torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -161,7 +161,7 @@ def test_coverage_where_items_alone_undercover() -> None:
 
 @pytest.mark.parametrize(("seed_sd", "item_sd"), [(0.0, 0.0), (0.3, 0.0), (0.1, 1.0), (1.0, 1.0)])
 def test_p_keeps_its_level_in_the_tail_that_holm_reaches(seed_sd: float, item_sd: float) -> None:
-    """A true null is rejected at 0.005 in 0.5 % of experiments; the crossed test alone does it in up to 2.7 %."""
+    """A true null is rejected at 0.005 in 0.5 % of experiments; the crossed test alone does it in up to 3 %."""
     rng = np.random.default_rng(7)
     rejected = 0
     for _ in range(2000):

@@ -32,6 +32,13 @@ def test_the_drift_of_weight_times_scale_is_logged(u, sign):
     assert plan.summary["temperature_mean"] == pytest.approx(math.sinh(0.5) / 0.5, abs=1e-4)
 
 
+@pytest.mark.parametrize("shape", ["soft", "exp"])
+def test_weights_have_mean_one_over_a_batch_of_easy_tokens(shape):
+    plan = token_plan(GRID**3, 0.9, method(curriculum={"shape": shape}))
+    assert plan.weight_N.double().mean().item() == pytest.approx(1, abs=1e-6)
+    assert plan.summary["weight_scale_mean"] == pytest.approx(1, abs=1e-6)
+
+
 @pytest.mark.parametrize("t2", ["per_token", "linear", "off"])
 @pytest.mark.parametrize("curriculum", [None, {}])
 def test_joint_normalisation_makes_the_mean_of_weight_times_scale_one(t2, curriculum):

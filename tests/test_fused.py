@@ -246,6 +246,13 @@ def test_bf16_without_autocast_and_fp32_states_under_autocast_are_as_good():
     assert relative_error(dw, w64.grad) < 0.01
 
 
+def test_other_autocast_types_do_not_touch_fp32_states():
+    tensors = problem()
+    expected = definition("forward_kl", tensors, torch.ones(N), torch.ones(N), lambda t: 1)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert_close(run(tensors, divergence="forward_kl"), expected, 1e-5)
+
+
 def test_the_bf16_units_are_switched_on_for_one_product_only():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision

@@ -57,7 +57,8 @@ def load_model(
         local_files_only=True,
     )
     model.config.use_cache = False
-    return model.eval()
+    model.eval()
+    return model
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -207,7 +208,7 @@ def assert_finite(model: nn.Module, what: str) -> None:
 def assert_packing(model: PreTrainedModel, what: str) -> None:
     """Refuse models in which a packed document sees the one before it."""
     device = output_weight(model).device
-    first, second = torch.arange(8, device=device)[None].split(4, dim=1)
+    first, second = torch.arange(4, device=device)[None], torch.arange(4, 8, device=device)[None]
     positions_BL = torch.arange(4, device=device)[None]
     alone_BLD, _ = trunk_forward(model, second, positions_BL)
     packed_BLD, _ = trunk_forward(model, torch.cat([first, second], 1), torch.cat([positions_BL, positions_BL], 1))

@@ -78,7 +78,8 @@ def copy_layers(teacher: PreTrainedModel, layers: tuple[int, ...]) -> PreTrained
         else:
             state[name] = source[name]
     student.load_state_dict(state)
-    return student.eval()
+    student.eval()
+    return student
 
 
 def _from_scratch(teacher: str | Path, changes: dict[str, object], seed: int) -> PreTrainedModel:
@@ -94,7 +95,8 @@ def _from_scratch(teacher: str | Path, changes: dict[str, object], seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "init"))
         model: PreTrainedModel = AutoModelForCausalLM.from_config(_changed(config, changes), dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _changed(config: PreTrainedConfig, changes: dict[str, object]) -> PreTrainedConfig:

@@ -99,7 +99,8 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.config.use_cache = False
-    return model.eval(), AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    model.eval()
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def load_hub(
@@ -113,4 +114,5 @@ def load_hub(
     except OSError as error:  # what Transformers raises for an unknown repository, no network, no safetensors
         raise UserError(f"repo {repo} at revision {revision}: {error}") from error
     model.config.use_cache = False
-    return model.eval(), tokenizer
+    model.eval()
+    return model, tokenizer

@@ -34,7 +34,7 @@ def seqkd_settings(experiment: Experiment) -> dict[str, Any]:
     data = experiment.data
     if isinstance(data, SyntheticData):
         return {"max_response_tokens": data.max_response_tokens, "batch": data.batch}
-    return {"max_response_tokens": data.max_tokens // 2, "batch": 32}
+    return {"max_response_tokens": data.max_tokens, "batch": 32}
 
 
 def signal_needs(experiment: Experiment) -> dict[str, Any]:

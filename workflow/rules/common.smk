@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 from entkd.config import Experiment, canonical_json, jobs, load_experiment
 from entkd.config.errors import ConfigError, unknown_name
@@ -55,8 +56,17 @@ THREADS = experiment.runtime.threads
 ALL_CORES = workflow.cores or THREADS
 CACHE = str(experiment.runtime.cache)
 
+
+def machine_memory_mb() -> int:
+    """Memory of this machine, or of the container that it is."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    total = psutil.virtual_memory().total
+    return (total if text == "max" else min(total, int(text))) // 2**20
+
+
 if "mem_mb" not in workflow.global_resources:  # many cores must not start more jobs than fit into memory
-    workflow.register_resource("mem_mb", max(MEMORY_MB, psutil.virtual_memory().total // 2**20))
+    workflow.register_resource("mem_mb", max(MEMORY_MB, machine_memory_mb()))
 
 pipelines = set()
 
@@ -158,6 +168,8 @@ def is_published() -> bool:
 
 
 PUBLISHED = is_published()
+if PUBLISHED:
+    logger.info(f"{experiment.results}/scores.csv came without its students: only table and figures are made from it.")
 
 
 def result(name: str) -> list[str]:

@@ -152,7 +152,7 @@ def _fill(
     """Write what is missing of the store, its manifest last."""
     began = time.monotonic()
     (folder / MANIFEST).unlink(missing_ok=True)
-    for leftover in folder.glob("*.tmp"):
+    for leftover in folder.glob("*.tmp*"):  # ours, and the .tmp?????? that safetensors itself writes to
         leftover.unlink()
     needs = content["needs"]
     shards = plan_shards(settings, needs["splits"], data)

@@ -22,7 +22,7 @@ help:
 
 # PyPI's torch for Linux needs its CUDA libraries, which the lock leaves out because other builds have none.
 $(READY): requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install --constraint requirements.lock torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .

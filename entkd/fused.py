@@ -18,7 +18,7 @@ from torch import Tensor
 from entkd.divergences import DIVERGENCES, forward_kl
 from entkd.entropy import token_entropy
 from entkd.temperature import loss_scale
-from entkd.tiles import compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
+from entkd.tiles import TileLoss, by_autograd, compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
 
 
 def linear_divergence(
@@ -73,11 +73,15 @@ def linear_divergence(
         s_N = loss_scale(temperature_N, t2)
         scale_N = s_N if scale_N is None else scale_N * s_N
 
-    def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> Tensor:
+    def dense_loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> Tensor:
         temperature_R = None if temperature_N is None else temperature_N[rows]
         value_R = dense(student_RV, teacher_RV, temperature_R, **settings)
         return value_R if scale_N is None else value_R * scale_N[rows]
 
+    if divergence in ("forward_kl", "reverse_kl"):
+        loss = _kl_with_gradient(divergence == "reverse_kl", temperature_N, scale_N)
+    else:
+        loss = by_autograd(dense_loss)
     target = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], compute_dtype(student_hidden_ND))
     return tiled_loss(student_hidden_ND, student_weight_VD, target, loss, vocab_size)
 
@@ -109,7 +113,37 @@ def linear_cross_entropy(
         value_R = torch.nn.functional.cross_entropy(student_RV, labels_R, reduction="none")
         return value_R if weight_N is None else value_R * weight_N.detach()[rows]
 
-    return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], loss, vocab_size)
+    return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], by_autograd(loss), vocab_size)
+
+
+def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tensor | None) -> TileLoss:
+    """The two KLs, in place and with their gradients in closed form: a third of the passes that autograd makes.
+
+    dD/dz is (q - p)/T for KL(p‖q) and q (log q - log p - D)/T for D = KL(q‖p).
+    """
+
+    def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+        lowest = torch.finfo(student_RV.dtype).min  # finite, so that its product with probability 0 is 0
+        if temperature_N is not None:
+            temperature_R1 = temperature_N.detach()[rows].to(student_RV.dtype).unsqueeze(-1)
+            student_RV, teacher_RV = student_RV.div_(temperature_R1), teacher_RV.div_(temperature_R1)
+        log_q_RV = torch.log_softmax(student_RV, dim=-1).clamp_min_(lowest)
+        log_ratio_RV = torch.log_softmax(teacher_RV, dim=-1).clamp_min_(lowest)
+        p_RV, q_RV = log_ratio_RV.exp(), log_q_RV.exp()
+        log_ratio_RV.sub_(log_q_RV)
+        if reverse:
+            value_R1 = -(q_RV * log_ratio_RV).sum(-1, keepdim=True)
+            grad_RV = log_ratio_RV.add_(value_R1).mul_(q_RV).neg_()
+        else:
+            value_R1 = log_ratio_RV.mul_(p_RV).sum(-1, keepdim=True)
+            grad_RV = q_RV.sub_(p_RV)
+        if scale_N is not None:
+            scale_R1 = scale_N[rows].to(student_RV.dtype).unsqueeze(-1)
+            value_R1 = value_R1 * scale_R1
+            grad_RV = grad_RV.mul_(scale_R1 if temperature_N is None else scale_R1 / temperature_R1)
+        return value_R1.sum(), grad_RV if wants_grad else None
+
+    return loss
 
 
 @torch.no_grad()

@@ -23,8 +23,23 @@ from torch.autograd.function import once_differentiable
 
 TileTarget = Callable[[slice], Tensor]
 """Rows of the batch → what the loss compares their logits with, e.g. teacher logits (R, V) or labels (R,)."""
-TileLoss = Callable[[Tensor, Tensor, slice], Tensor]
-"""(logits, target, rows) → (R,) weighted losses."""
+TileLoss = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+"""(logits, target, rows, wants_grad) → summed loss and, where wanted, its gradient by the logits. May overwrite both
+tensors."""
+
+
+def by_autograd(loss: Callable[[Tensor, Tensor, slice], Tensor]) -> TileLoss:
+    """A tile loss from a plain function (logits, target, rows) → (R,)."""
+
+    def with_gradient(
+        logits_RV: Tensor, target_R: Tensor, rows: slice, wants_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        logits_RV = logits_RV.detach().requires_grad_(wants_grad)
+        with torch.set_grad_enabled(wants_grad):
+            total = loss(logits_RV, target_R, rows).sum()
+        return total.detach(), torch.autograd.grad(total, logits_RV)[0] if wants_grad else None
+
+    return with_gradient
 
 
 def tiled_loss(hidden_ND: Tensor, weight_VD: Tensor, target: TileTarget, loss: TileLoss, vocab_size: int) -> Tensor:
@@ -37,7 +52,7 @@ def tiled_loss(hidden_ND: Tensor, weight_VD: Tensor, target: TileTarget, loss: T
     target
         Gives what the loss compares the logits of a tile with; never differentiated.
     loss
-        The weighted loss per token of a piece of a tile.
+        Weighted loss of some rows of a tile, and its gradient.
     vocab_size
         Rows of the projection that are read; the gradient of those beyond is 0.
     """
@@ -107,12 +122,10 @@ def _tile(
     total = logits_RV.new_zeros(())
     for piece in slices(len(logits_RV), piece_rows(logits_RV.shape[1], logits_RV.device)):
         rows = slice(start + piece.start, start + piece.stop)
-        piece_RV = logits_RV[piece].detach().requires_grad_(wants_grad)
-        with torch.set_grad_enabled(wants_grad):
-            value = loss(piece_RV, target_R[piece], rows).sum()
-        total += value.detach()
-        if wants_grad:
-            grad_RV[piece] = torch.autograd.grad(value, piece_RV)[0]
+        value, piece_grad_RV = loss(logits_RV[piece], target_R[piece], rows, wants_grad)
+        total += value
+        if piece_grad_RV is not None:
+            grad_RV[piece] = piece_grad_RV
     return total, grad_RV
 
 

@@ -111,8 +111,8 @@ def test_no_tensor_spans_all_tokens_and_the_vocabulary(monkeypatch):
         seen.append(student.shape)
         return DIVERGENCES["tvd"](student, teacher, temperature)
 
-    monkeypatch.setitem(DIVERGENCES, "forward_kl", spy)
-    run(problem(), divergence="forward_kl")
+    monkeypatch.setitem(DIVERGENCES, "todi", spy)
+    run(problem(), divergence="todi")
     assert sum(shape[0] for shape in seen) == N
     assert max(shape[0] for shape in seen) <= 4
 

@@ -1,6 +1,7 @@
 # make ablation [EXPERIMENT=quick]   the whole experiment: table and figures
 # make figures [EXPERIMENT=quick]    only the figures, from scores that are there
 # make test, make lint               what CI runs
+# make test-slow                     tests that load the bundled teacher
 # make clean                         removes .venv and caches; never results
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help ablation figures test lint clean
+.PHONY: help ablation figures test test-slow lint clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -39,7 +40,10 @@ figures: $(READY)
 # Two workers of one thread each beat one of two threads, and more would not fit into a laptop's memory.
 test: export OMP_NUM_THREADS := 1
 test: $(READY)
-	python -m pytest -n 2 --dist worksteal
+	python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: $(READY)
+	python -m pytest -m slow
 
 lint: $(READY)
 	ruff check .

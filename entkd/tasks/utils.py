@@ -32,6 +32,19 @@ def minimal_pairs(phenomenon: str, **_metadata: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list([row for row in rows if row["UID"] == phenomenon])}
 
 
+def shared_start(doc: dict[str, str]) -> str:
+    """The words with which both sentences of a pair begin. Their probability is the same, so it need not be asked."""
+    good, bad = doc["sentence_good"].split(" "), doc["sentence_bad"].split(" ")
+    shared = next(index for index, words in enumerate(zip(good, bad, strict=False)) if words[0] != words[1])
+    return " ".join(good[:shared])
+
+
+def endings(doc: dict[str, str]) -> list[str]:
+    """What follows the shared start: the good ending, the bad one."""
+    start = len(shared_start(doc))
+    return [doc["sentence_good"][start:], doc["sentence_bad"][start:]]
+
+
 def bits_per_byte(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dict[str, tuple[float, int]]:
     """Log-likelihood of the response in nats, and its bytes in UTF-8; lm-eval's aggregation divides their sums."""
     log_likelihood, _is_greedy = results[0]

@@ -35,12 +35,13 @@ def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
 
 def _quality(study: Study) -> tuple[pd.DataFrame, str]:
     """The table's rows of one measure by arm, and the label of its axis."""
-    gap = study.table[study.table["task"] == "gap_closed"].set_index("arm")
+    trained = study.table[study.table["arm"].isin([arm.name for arm in study.arms])]
+    gap = trained[trained["task"] == "gap_closed"].set_index("arm")
     if gap["mean"].notna().any():
         return gap, "share of the untrained–teacher\ngap closed →"
     task = study.tasks[0]
     arrow = "better →" if task.direction == "higher" else "← better"
-    return task.of(study.table).set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
+    return task.of(trained).set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
 
 
 def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:

@@ -4,16 +4,14 @@ Rules get their settings as one canonical JSON string, because Snakemake compare
 """
 
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
-import psutil
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 from entkd.config import Experiment, canonical_json, jobs, load_experiment
 from entkd.config.errors import ConfigError, unknown_name
+from entkd.machine import has_gpu, memory_mib
 
 
 def read_experiment() -> Experiment:
@@ -40,33 +38,14 @@ pathvars:
     data=experiment.data.name,
 
 
-def gpus_per_job() -> int:
-    """GPUs that a job asks for; `auto` looks for a driver, because importing torch here would take seconds."""
-    if experiment.runtime.gpus != "auto":
-        return experiment.runtime.gpus
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return int(any(line.startswith("GPU ") for line in listing.stdout.splitlines()))
-
-
-GPUS = gpus_per_job()
+GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runtime.gpus
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
 ALL_CORES = workflow.cores or THREADS
 CACHE = str(experiment.runtime.cache)
 
-
-def machine_memory_mb() -> int:
-    """Memory of this machine, or of the container that it is."""
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    total = psutil.virtual_memory().total
-    return (total if text == "max" else min(total, int(text))) // 2**20
-
-
 if "mem_mb" not in workflow.global_resources:  # many cores must not start more jobs than fit into memory
-    workflow.register_resource("mem_mb", max(MEMORY_MB, machine_memory_mb()))
+    workflow.register_resource("mem_mb", max(MEMORY_MB, memory_mib()))
 
 pipelines = set()
 

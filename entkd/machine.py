@@ -1,0 +1,26 @@
+"""What this machine has, asked without importing torch: Snakemake reads it at every start."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import psutil
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver lists a GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return any(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def memory_mib() -> int:
+    """Memory of this machine, or of the container that it is, in MiB."""
+    total = int(psutil.virtual_memory().total)
+    limit = CONTAINER_LIMIT.read_text(encoding="ascii").strip() if CONTAINER_LIMIT.is_file() else "max"
+    return (total if limit == "max" else min(total, int(limit))) // 2**20

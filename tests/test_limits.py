@@ -145,13 +145,22 @@ def test_7_one_hot_teachers_have_no_entropy_and_finite_losses(name, low):
     d = Difficulty.fit(entropy)(entropy)
     assert (d == 0.5).all()
     h, w, _, _ = problem()
-    plan = token_plan(d, 0.9, Method(divergence=name, curriculum={}, temperature={}))
-    # A product with hidden states cannot give -inf beside finite logits, so this goes to the dense function.
+    plan = token_plan(d, 0.9, Method(divergence=name, curriculum={}, temperature={"base": 2.0}))
     z = (h @ w.T).float().requires_grad_()
     value = DIVERGENCES[name](z, logits, plan.temperature_N)
     value.sum().backward()
     assert torch.isfinite(value).all()
     assert torch.isfinite(z.grad).all()
+    # Fused: a teacher of width 1 whose projection holds one row of logits.
+    h, w = h.requires_grad_(), w.requires_grad_()
+    one, column = torch.ones(N, 1), logits[:1].T
+    total = linear_divergence(h, w, one, column, divergence=name, temperature_N=plan.temperature_N)
+    total.backward()
+    student = (h @ w.T).detach().numpy()
+    expected = sum(4 * formulas.divergence(name, row, logits[0].numpy(), 2.0) for row in student)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.isfinite(h.grad).all()
+    assert torch.isfinite(w.grad).all()
 
 
 @pytest.mark.parametrize("name", DIVERGENCE_NAMES)

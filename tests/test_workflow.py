@@ -37,14 +37,14 @@ ARMS, SEEDS = ("kd", "full", "seqkd"), (0, 1)
 ANALYSIS = {"ablation_table": 1, "figures": 1, "default": 1}
 COLLECT = {"collect_scores": 1, **ANALYSIS}
 
-Snakemake = Callable[..., "subprocess.CompletedProcess[str]"]
 
-
-def snakemake_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def snakemake_in(
+    folder: Path, *arguments: str, cores: tuple[str, ...] = ("--cores", "2")
+) -> subprocess.CompletedProcess[str]:
     """Snakemake in ``folder``, with the stand-in for `entkd` first on PATH."""
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--nocolor", *arguments]
+    command = [sys.executable, "-m", "snakemake", *cores, "--nocolor", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -198,6 +198,13 @@ def test_bad_experiment_stops_before_any_job(finished: Path, arm: dict, message:
     assert run.returncode == 1
     assert message in run.stderr + run.stdout
     assert (finished / "calls.txt").read_text() == before
+
+
+@pytest.mark.parametrize("arguments", [("--unlock",), ("--report", "report.zip")])
+def test_what_needs_no_cores_gets_by_without(finished: Path, arguments: tuple[str, ...]) -> None:
+    write_experiment(finished)
+    run = snakemake_in(finished, *arguments, cores=())
+    assert run.returncode == 0, run.stderr
 
 
 def test_lint_finds_nothing() -> None:

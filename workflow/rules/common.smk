@@ -41,10 +41,11 @@ pathvars:
 GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runtime.gpus
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
-ALL_CORES = workflow.cores or THREADS
+ALL_CORES = workflow.resource_settings.cores or THREADS  # none with --report and --unlock
 CACHE = str(experiment.runtime.cache)
 
-if "mem_mb" not in workflow.global_resources:  # many cores must not start more jobs than fit into memory
+# On this machine (a cluster has nodes) many cores must not start more jobs than fit into memory.
+if workflow.nodes is None and "mem_mb" not in workflow.global_resources:
     workflow.register_resource("mem_mb", max(MEMORY_MB, memory_mib()))
 
 pipelines = set()

@@ -44,12 +44,12 @@ def collect_scores(files: Sequence[Path], scores: Path, items: Path) -> None:
     item_table = pd.concat([pd.read_parquet(items_of[path]) for path in files], ignore_index=True)
     _refuse_repeats(score_table, _SCORE_KEY)
     _refuse_repeats(item_table, _ITEM_KEY)
-    versions = score_table.groupby(["suite", "task"])["task_version"].unique()
-    for (suite, task), found in versions.items():
-        if len(found) > 1:
-            old = score_table.query("suite == @suite and task == @task").groupby("task_version")["arm"].first()
-            where = ", ".join(f"{version} (e.g. arm {arm})" for version, arm in old.items())
-            raise UserError(f"{suite}/{task}: scored in versions {where}; delete the older scores and score again")
+    for _, own in score_table.groupby(["suite", "task"]):
+        example = own.groupby("task_version")["arm"].first()
+        if len(example) > 1:
+            task = f"{own['suite'].iloc[0]}/{own['task'].iloc[0]}"
+            where = ", ".join(f"{version} (e.g. arm {arm})" for version, arm in example.items())
+            raise UserError(f"{task}: scored in versions {where}; delete the older scores and score again")
     _replace(scores, lambda path: score_table.to_csv(path, index=False))
     _replace(items, lambda path: item_table.to_parquet(path, index=False))
 

@@ -277,7 +277,7 @@ def test_minimal_pairs_are_judged_by_whole_sentences(scored, tiny_teacher):
 
 @pytest.fixture
 def folder_of_tasks(tmp_path):
-    rows = [{"question": "the quick", "choices": ["brown fox", "lazy dog"], "gold": 1}] * 3
+    rows = [{"question": "the quick", "choices": ["brown fox", "lazy dog"], "gold": gold} for gold in (1, 0, 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "choice.yaml").write_text(
         f"task: my_choice\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
@@ -306,7 +306,7 @@ def test_a_folder_of_the_users_tasks(folder_of_tasks, tiny_teacher, tiny_corpus,
     assert len(items.query("task == 'my_group'")) == 8
     model, tokenizer = load_model(tiny_teacher), load_tokenizer(tiny_teacher)
     fox, dog = (dense(model, tokenizer, "the quick", f" {end}")[0] for end in ("brown fox", "lazy dog"))
-    assert values["my_choice", "acc"] == float(dog > fox)
+    assert values["my_choice", "acc"] == pytest.approx((2 if dog > fox else 1) / 3)
     assert items.query("metric == 'f1'").empty  # F1 is no mean over items
     assert set(scores.query("task == 'my_choice'")["task_version"]) == {2}
 

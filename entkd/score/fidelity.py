@@ -63,7 +63,7 @@ def fidelity(
     scores, items = [], []
     lengths_D = corpus.response_lengths[documents].astype(np.float64)
     for metric, value_R in (("kl", kl_R), ("top1_agreement", agreement_R)):
-        sums_D = np.asarray([_of(value_R, corpus, document).sum() for document in documents])
+        sums_D = np.asarray([_of(value_R, corpus, document).sum() for document in documents.tolist()])
         items_D, stderr = ratio_items(sums_D, lengths_D)
         scores.append(_score(metric, float(items_D.mean()), stderr, len(documents)))
         items += [

@@ -36,7 +36,7 @@ class _Row:
     """Request index, and the tokens it scores: those that the row's last positions predict."""
 
 
-class LanguageModel(HFLM):
+class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A loaded causal model for lm-eval.
 
     Parameters
@@ -132,7 +132,10 @@ class LanguageModel(HFLM):
 
         prefixes: dict[tuple[int, int], int] = {}  # (prefix, next token) → the longer prefix, numbered
         position_of: dict[int, int] = {}  # prefix → index among the N distinct scored positions
-        positions, labels, sources, owners = [], [], [], []
+        positions: list[int] = []
+        labels: list[int] = []
+        sources: list[int] = []
+        owners: list[int] = []
         for index, row in enumerate(batch):
             earliest = len(row.inputs) - max(len(scored) for _, scored in row.requests)
             prefix, own = -1, []
@@ -173,7 +176,8 @@ class LanguageModel(HFLM):
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if self.rows > self.scored_vocabulary:
             kwargs["suppress_tokens"] = list(range(self.scored_vocabulary, self.rows))
-        return super()._model_generate(context, max_length, stop, **kwargs)
+        ids: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        return ids
 
 
 def label_logprobs(hidden_ND: Tensor, weight_VD: Tensor, source_M: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:

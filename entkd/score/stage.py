@@ -64,7 +64,8 @@ def score(
     _set_threads()
     with _quiet(), device_slot() as device:
         tasks = load_tasks(suite, data)
-        loaded = load_model(model, resolve_dtype(suite.precision, device)).to(device)
+        loaded = load_model(model, resolve_dtype(suite.precision, device))
+        torch.nn.Module.to(loaded, device)  # what Transformers wraps around this method hides its type
         lm = LanguageModel(loaded, load_tokenizer(tokenizer or model), suite.memory_gib)
         scores: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []

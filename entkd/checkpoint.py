@@ -48,7 +48,9 @@ class ResumeFolder:
             return None
         state = torch.load(self._state, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT or state["identity"] != self.identity:
-            print(f"{self.folder}: resume state of other settings or inputs; starting anew", file=sys.stderr, flush=True)
+            print(
+                f"{self.folder}: resume state of other settings or inputs; starting anew", file=sys.stderr, flush=True
+            )
             self._state.unlink()
             return None
         return state
@@ -98,7 +100,9 @@ class ResumeFolder:
                 try:
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    print(f"{self.folder}: another process works on this run; waiting for it", file=sys.stderr, flush=True)
+                    print(
+                        f"{self.folder}: another process works on this run; waiting for it", file=sys.stderr, flush=True
+                    )
                     fcntl.flock(stream, fcntl.LOCK_EX)
                 # The other process removes the folder when it finishes: then this lock is on a file that is gone.
                 if path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
@@ -114,10 +118,14 @@ def refuse_full_disk(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         # torch and safetensors report a failed write as RuntimeError or their own OSError subclass
         free = shutil.disk_usage(path.parent).free
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < 2**20 or "os error 28" in str(error)
+        full = (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < 2**20 or "os error 28" in str(error)
+        )
         path.unlink(missing_ok=True)
         if full:
-            raise UserError(f"{path}: no space left on device ({free / 2**20:.0f} MiB free); free some and run again") from error
+            raise UserError(
+                f"{path}: no space left on device ({free / 2**20:.0f} MiB free); free some and run again"
+            ) from error
         raise
 
 

@@ -36,6 +36,9 @@ def token_entropy(logits_NV: Tensor) -> Tensor:
     return -(p_NV * log_p_NV.masked_fill_(p_NV == 0, 0.0)).sum(-1)
 
 
+Scale = Literal["rank", "logv", "minmax"]
+
+
 class Difficulty:
     """Maps teacher entropy to a difficulty d in [0, 1]; made by :meth:`fit` or :meth:`from_state`.
 
@@ -43,7 +46,7 @@ class Difficulty:
     equal); ``logv``, H / log V; ``minmax``, (H - min) / (max - min) within each sequence (½ where max = min).
     """
 
-    def __init__(self, sorted_entropy_C: Tensor, scale: Literal["rank", "logv", "minmax"], vocab_size: int | None):
+    def __init__(self, sorted_entropy_C: Tensor, scale: Scale, vocab_size: int | None):
         if scale == "rank" and sorted_entropy_C.numel() == 0:
             raise ValueError("difficulty scale rank needs at least one calibration token; got none")
         if not torch.isfinite(sorted_entropy_C).all():
@@ -58,7 +61,7 @@ class Difficulty:
     def fit(
         cls,
         entropy_N: Tensor,
-        scale: Literal["rank", "logv", "minmax"] = "rank",
+        scale: Scale = "rank",
         vocab_size: int | None = None,
     ) -> Difficulty:
         """Fix F on the entropies of a calibration sample.
@@ -87,7 +90,7 @@ class Difficulty:
     def from_state(
         cls,
         state: dict[str, Tensor],
-        scale: Literal["rank", "logv", "minmax"] = "rank",
+        scale: Scale = "rank",
         vocab_size: int | None = None,
     ) -> Difficulty:
         """The inverse of :meth:`state`; the calibration serves every scale."""

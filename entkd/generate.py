@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from entkd.progress import Progress
 
 _COMPACT_BELOW = 0.875
 """Finished rows leave when no more than this share of the batch is still running: leaving copies the cache."""
@@ -58,7 +59,7 @@ def generate(
     # Rows of one length need no padding, and the longest batch first shows at once whether memory suffices.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     outputs: list[list[int]] = [[] for _ in prompts]
-    with tqdm(total=len(prompts), desc=progress, disable=progress is None) as bar:
+    with Progress(progress or "", len(prompts), "text", visible=progress is not None) as bar:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             limits = [min(max_new_tokens, max_length - len(prompts[row])) for row in rows]
@@ -68,7 +69,7 @@ def generate(
                 tokens_B = choose(logits_BV, temperature, top_p, generator)
                 for row, token in running.append(tokens_B, eos):
                     outputs[rows[row]].append(token)
-            bar.update(len(rows))
+            bar.advance(len(rows))
     return outputs
 
 

@@ -23,7 +23,8 @@ def test_state_round_trip(tmp_path: Path) -> None:
         assert resume.load() is None
         resume.save({"step": 3, "weights": torch.arange(4.0), "metrics": "[]"})
         state = ResumeFolder(tmp_path, "a").load()
-    assert state is not None and state["step"] == 3
+    assert state is not None
+    assert state["step"] == 3
     assert torch.equal(state["weights"], torch.arange(4.0))
 
 
@@ -40,7 +41,8 @@ def test_a_kill_inside_the_write_leaves_the_state_before(tmp_path: Path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             resume.save({"step": 2})
         state = resume.load()
-        assert state is not None and state["step"] == 1
+        assert state is not None
+        assert state["step"] == 1
         assert not list(resume.folder.glob("*.tmp"))
 
 

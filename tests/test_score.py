@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from entkd.config import Suite
 from entkd.data import read_texts
+from entkd.errors import UserError
 from entkd.models import load_model, load_tokenizer
 from entkd.score import score
 from entkd.score.items import ITEM_COLUMNS, SCORE_COLUMNS, ratio_items, standard_error
@@ -122,7 +123,7 @@ def test_padded_rows_are_never_generated(tokenizer):
 
 
 def test_too_few_rows_are_refused_with_both_sizes(tokenizer):
-    with pytest.raises(Exception, match=f"{len(tokenizer) - 5} rows and the tokenizer {len(tokenizer)}"):
+    with pytest.raises(UserError, match=f"{len(tokenizer) - 5} rows and the tokenizer {len(tokenizer)}"):
         LanguageModel(tiny_llama(len(tokenizer) - 5), tokenizer, 1.0)
 
 
@@ -319,7 +320,7 @@ def test_a_folder_of_the_users_tasks(folder_of_tasks, tiny_teacher, tiny_corpus,
     ],
 )
 def test_unknown_metrics_are_refused(tiny_corpus, task, metric, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(UserError, match=message):
         load_tasks(suite((task, metric, "higher")), tiny_corpus)
 
 
@@ -329,10 +330,19 @@ def test_unknown_tasks_are_refused_with_the_nearest(tiny_corpus, monkeypatch):
     real = tasks.TaskManager
     without_defaults = lambda include_defaults, **options: real(include_defaults=False, **options)  # noqa: E731
     monkeypatch.setattr(tasks, "TaskManager", without_defaults)  # lm-eval's own 14,000 take half a minute to index
-    with pytest.raises(Exception, match="unknown task `entkd_heldut`; did you mean `entkd_heldout`"):
+    with pytest.raises(UserError, match="unknown task `entkd_heldut`; did you mean `entkd_heldout`"):
         load_tasks(suite(("entkd_heldut", "acc", "higher")), tiny_corpus)
 
 
+def test_data_that_cannot_be_fetched_are_named(tiny_corpus, monkeypatch):
+    def load(self, names):
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr("entkd.score.tasks.TaskManager.load", load)
+    with pytest.raises(UserError, match=r"tasks.entkd_heldout: its data are not .* Couldn't reach 'a/b'"):
+        load_tasks(suite(*DEMO), tiny_corpus)
+
+
 def test_include_path_must_be_a_folder(tiny_corpus):
-    with pytest.raises(Exception, match="include_path: nowhere is not a folder"):
+    with pytest.raises(UserError, match="include_path: nowhere is not a folder"):
         load_tasks(suite(*DEMO, include_path="nowhere"), tiny_corpus)

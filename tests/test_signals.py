@@ -96,7 +96,7 @@ def test_features_of_hard_tokens_only(written, teacher, tiny_corpus):
     assert store.feature_layers == (0, 2, 3)  # 4 layers, after 1/3 and 2/3 of the depth and the last
     everything = torch.arange(len(signals))
     has = signals.has_features(everything)
-    assert torch.equal(has, store.difficulty(signals.entropy_R) > 0.8)
+    assert torch.equal(has, store.difficulty()(signals.entropy_R) > 0.8)
     assert 0.1 < has.float().mean() < 0.3
     hard = everything[has]
     for layer in store.feature_layers:
@@ -120,7 +120,7 @@ def test_difficulty_is_the_mid_rank_over_the_calibration_documents(written, tiny
     sample = signals.entropy_R[response_tokens(signals.response_offsets, documents)].numpy()
     value = float(signals.entropy_R[17])
     by_hand = ((sample < value).sum() + 0.5 * (sample == np.float32(value)).sum()) / len(sample)
-    assert float(store.difficulty(signals.entropy_R[17:18])) == pytest.approx(by_hand, abs=1e-6)
+    assert float(store.difficulty()(signals.entropy_R[17:18])) == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_other_batches_and_shards_give_the_same_values(written, teacher, tiny_corpus, tmp_path):

@@ -49,7 +49,7 @@ class Training(Settings):
     save_minutes: float = Field(5.0, gt=0)
     """Minutes between two resume checkpoints."""
     log_every: int = Field(10, ge=1)
-    """Steps between two progress lines where there is no terminal. Never changes the objective."""
+    """Steps between two looks at the loss on the device, which cost a wait there. Never changes the objective."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:

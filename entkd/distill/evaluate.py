@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from entkd.config import Training
 from entkd.data import Corpus
@@ -15,7 +15,7 @@ from entkd.models import output_weight, trunk_forward
 
 @torch.no_grad()
 def dev_nll(
-    student: nn.Module,
+    student: PreTrainedModel,
     corpus: Corpus,
     training: Training,
     vocab_size: int,

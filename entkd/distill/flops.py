@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
-def trunk_flops_per_token(model: nn.Module, block: int) -> float:
+def trunk_flops_per_token(model: PreTrainedModel, block: int) -> float:
     """Forward FLOPs of one token through everything but the output projection.
 
     2 per weight of the decoder layers, and 4·block·width per layer for the attention scores and their use
@@ -16,11 +17,11 @@ def trunk_flops_per_token(model: nn.Module, block: int) -> float:
     head = model.get_output_embeddings().weight
     embeddings[id(head)] = head.numel()
     weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
-    return 2.0 * weights + 4.0 * block * config.hidden_size * config.num_hidden_layers
+    return 2.0 * weights + 4.0 * block * int(config.hidden_size) * int(config.num_hidden_layers)
 
 
 def training_tflops(
-    student: nn.Module, tokens: int, positions: int, block: int, vocab_size: int, teacher_width: int | None
+    student: PreTrainedModel, tokens: int, positions: int, block: int, vocab_size: int, teacher_width: int | None
 ) -> float:
     """TFLOPs of a run: forward and backward of the student, and the teacher's output projection.
 
@@ -39,6 +40,6 @@ def training_tflops(
     record states them apart (``teacher_tokens``).
     """
     trunk = 3 * trunk_flops_per_token(student, block) * tokens
-    head = 3 * 2.0 * student.config.hidden_size * vocab_size * positions
+    head = 3 * 2.0 * int(student.config.hidden_size) * vocab_size * positions
     teacher = 2.0 * (teacher_width or 0) * vocab_size * positions
     return (trunk + head + teacher) / 1e12

@@ -32,9 +32,9 @@ from entkd.distill.metrics import Metrics
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import finished, write_outputs
-from entkd.distill.progress import Progress
 from entkd.distill.targets import TeacherTargets
 from entkd.models import load_model, load_tokenizer, weights_sha256
+from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions, write_json
 
 
@@ -85,6 +85,11 @@ def finetune_teacher(training: Training, teacher: Path, data: Path, output: Path
     write_json(output / "manifest.json", imported | {"sha256": weights, "finetuned_from": imported["sha256"]})
 
 
+def _title(output: Path) -> str:
+    """The run in the log, e.g. `kd/seed0`."""
+    return f"{output.parent.name}/{output.name}"
+
+
 def _identity(settings: dict[str, Any], seed: int, student: Path, data: Path, signals: Path | None) -> str:
     """What a resume state belongs to: settings, seed and the content of every input."""
     parts = {
@@ -120,13 +125,14 @@ def _train(
     corpus, dev = Corpus.open(data, "train"), Corpus.open(data, "dev")
     targets = TeacherTargets(method, signals, corpus, seed)
     head_UE = targets.store.head_UE if targets.store is not None and method.divergence is not None else None
-    student = load_model(student_folder).to(device).train()
+    student = load_model(student_folder).train()
+    student.to(device)
     objective = Objective(
         student,
         method,
         vocab_size,
         teacher_head_UE=head_UE,
-        teacher_width=targets.store.width if targets.store is not None else None,
+        teacher_width=targets.store.width if targets.store is not None else 0,
         generator=runtime.torch_stream(seed, "projectors"),
     ).to(device)
     projectors = objective.projectors
@@ -181,7 +187,7 @@ def _train(
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
     tokens = positions = 0
     saved_at = time.monotonic()
-    with StopRequest() as request, Progress(output.name, len(steps), first, training.log_every, world.leads) as bar:
+    with StopRequest() as request, Progress(_title(output), len(steps), "step", first, world.leads) as bar:
         for step, blocks in enumerate(steps, start=1):
             micros = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
             batches = [collate(corpus, micro, training.block, pad_id) for micro in micros]
@@ -226,7 +232,7 @@ def _train(
                         resume.save_best(student, step)
             if step % training.log_every == 0 or step == len(steps):
                 metrics.flush()
-                bar.advance(**metrics.latest("loss", "dev_nll"))
+                bar.advance(1, **metrics.latest("loss", "dev_nll"))
             else:
                 bar.advance()
             # Several processes agree by a collective, which costs a sync: they ask each other less often.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from entkd.config import Method
 from entkd.data.packing import Batch
@@ -67,16 +68,18 @@ class Objective(nn.Module):
     teacher_head_UE
         The teacher's output projection; None where no divergence is trained.
     teacher_width
-        E, needed by the projectors.
+        E, read by the projectors alone.
     """
+
+    teacher_head_UE: Tensor | None
 
     def __init__(
         self,
-        student: nn.Module,
+        student: PreTrainedModel,
         method: Method,
         vocab_size: int,
         teacher_head_UE: Tensor | None = None,
-        teacher_width: int | None = None,
+        teacher_width: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -119,6 +122,8 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         if method.divergence is not None:
+            assert micro.teacher_hidden_NE is not None
+            assert self.teacher_head_UE is not None
             total = linear_divergence(
                 hidden_ND,
                 weight_VD,
@@ -144,16 +149,12 @@ class Objective(nn.Module):
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
         """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""
+        assert self.method.features is not None
+        assert self.projectors is not None
         rows_H = micro.batch.positions_N[micro.hard_H]
-        total = sum(
-            feature_loss(
-                captured[layer].flatten(0, 1)[rows_H],
-                teacher_HE,
-                projector,
-                self.method.features.loss,
-            )
-            for layer, teacher_HE, projector in zip(
-                self.student_layers, micro.teacher_features, self.projectors, strict=True
-            )
-        )
-        return total / (max(1, hard) * len(self.student_layers))
+        pairs = zip(self.student_layers, micro.teacher_features, self.projectors, strict=True)
+        losses = [
+            feature_loss(captured[layer].flatten(0, 1)[rows_H], teacher_HE, projector, self.method.features.loss)
+            for layer, teacher_HE, projector in pairs
+        ]
+        return torch.stack(losses).sum() / (max(1, hard) * len(losses))

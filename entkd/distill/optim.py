@@ -35,7 +35,11 @@ def build_optimizer(
     """AdamW over the student (weight decay on matrices only) and the projectors, which have a rate of their own."""
     parameters = [p for p in student.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay, "peak_lr": settings.lr},
+        {
+            "params": [p for p in parameters if p.ndim >= 2],
+            "weight_decay": settings.weight_decay,
+            "peak_lr": settings.lr,
+        },
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "peak_lr": settings.lr},
     ]
     if projectors is not None and projector_lr is not None:

@@ -52,12 +52,13 @@ class TeacherTargets:
     def __init__(self, method: Method, signals: Path | None, corpus: Corpus, seed: int) -> None:
         self.method, self.seed = method, seed
         self.store: SignalStore | None = None
+        self.teacher_layers: tuple[int, ...] = ()
         if not method.needs_signals:
             return
         if signals is None:
             raise UserError("this method needs the teacher's signals; give --signals")
-        self.store = SignalStore.open(signals)
-        self.split = self.store.split("train")
+        self.store = store = SignalStore.open(signals)
+        self.split = store.split("train")
         if len(self.split.entropy_R) != corpus.response_tokens:
             raise UserError(
                 f"{signals}: signals of {len(self.split.entropy_R)} response tokens, but the data has "
@@ -66,24 +67,26 @@ class TeacherTargets:
         self.sequence_R = torch.repeat_interleave(
             torch.arange(len(corpus)), torch.as_tensor(corpus.response_lengths, dtype=torch.long)
         )
-        self.difficulty_R = self.store.difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
-        self._check_capabilities()
-        if method.features is not None:
-            stride = len(self.store.feature_layers) // method.features.points
-            self.teacher_layers = self.store.feature_layers[stride - 1 :: stride]
-
-    def _check_capabilities(self) -> None:
-        method, store = self.method, self.store
+        difficulty = store.difficulty(method.difficulty.scale)
+        self.difficulty_R = difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
         if method.divergence is not None and method.divergence.name in CONTAINS_REVERSE_KL and store.has_inf_logits:
             raise UserError(
                 f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
                 "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
             )
-        if method.features is not None and len(store.feature_layers) % method.features.points:
+        if method.features is not None:
+            self.teacher_layers = self._layers(store, method.features.points)
+
+    @staticmethod
+    def _layers(store: SignalStore, points: int) -> tuple[int, ...]:
+        """The stored teacher layers at 1/points, 2/points, ... of the depth."""
+        stride, rest = divmod(len(store.feature_layers), points)
+        if rest or not stride:
             raise UserError(
-                f"method.features.points: {method.features.points} layer pairs, but the signals hold the teacher's "
-                f"layers {list(store.feature_layers)}; their number must be a multiple of it, see signals.features.points"
+                f"method.features.points: {points} layer pairs, but the signals hold the teacher's layers "
+                f"{list(store.feature_layers)}; their number must be a multiple of it, see signals.features.points"
             )
+        return store.feature_layers[stride - 1 :: stride]
 
     def step(self, batches: Sequence[Batch], progress: float) -> Step:
         """Targets of one optimizer step.
@@ -101,11 +104,6 @@ class TeacherTargets:
             return Step([MicroBatch(batch) for batch in batches], positions, 0, tokens, {})
         tokens_N = torch.cat([batch.tokens_N for batch in batches])
         plan = token_plan(self.difficulty_R[tokens_N], progress, self.method, tokens_N=tokens_N, seed=self.seed)
-        if plan.features_N is not None and not bool(self.split.has_features(tokens_N[plan.features_N]).all()):
-            raise UserError(
-                f"method.features: tokens {self.method.features.tokens} with threshold {self.method.features.threshold} "
-                "need hidden states that the signals do not hold; prepare the signals for this arm too"
-            )
         micro_batches, start = [], 0
         for batch in batches:
             cut = slice(start, start := start + len(batch.tokens_N))

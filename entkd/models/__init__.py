@@ -19,8 +19,6 @@ from entkd.models.access import (
 from entkd.models.student import init_student
 from entkd.models.teacher import prepare_teacher
 
-output_weight_VD = output_weight
-
 __all__ = [
     "assert_finite",
     "assert_linear_head",
@@ -32,7 +30,6 @@ __all__ = [
     "load_tokenizer",
     "model_folder",
     "output_weight",
-    "output_weight_VD",
     "prepare_teacher",
     "save_model",
     "trunk",

@@ -5,14 +5,12 @@ Shapes: N response tokens of a batch, R of the split, D documents.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from entkd.data import Corpus
@@ -89,8 +87,7 @@ def _per_token(
     blocks = pack(corpus.lengths, block, documents)
     per_batch = max(1, batch_tokens // block)
     weight_VD, head_UE = output_weight(model), store.head_UE.to(model.device)
-    quiet = not sys.stderr.isatty()
-    for start in tqdm(range(0, len(blocks), per_batch), desc="fidelity", disable=quiet):
+    for start in range(0, len(blocks), per_batch):
         batch = collate(corpus, blocks[start : start + per_batch], block, pad_id=0).to(model.device)
         hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
         tokens_N = batch.tokens_N.cpu()

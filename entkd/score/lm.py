@@ -19,10 +19,10 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.models import assert_linear_head, output_weight, trunk_forward, vocab_rows
+from entkd.progress import Progress
 from entkd.tiles import compute_dtype, piece_rows, projection, slices, tile_rows
 
 
@@ -97,14 +97,13 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        quiet = disable_tqdm or not sys.stderr.isatty()
-        with tqdm(total=len(requests), desc="log-likelihoods", disable=quiet) as bar:
+        with Progress("log-likelihoods", len(requests), "request", visible=not disable_tqdm) as bar:
             for batch in self._batches(requests):
                 logprob_M, greedy_M, owner_M = self._score(batch)
                 for logprob, greedy, owner in zip(logprob_M, greedy_M, owner_M, strict=True):
                     total, all_greedy = answers[owner]
                     answers[owner] = (total + logprob, all_greedy and greedy)
-                bar.update(sum(len(row.requests) for row in batch))
+                bar.advance(sum(len(row.requests) for row in batch))
         return answers
 
     def _batches(self, requests: list[tuple[Any, list[int], list[int]]]) -> Iterator[list[_Row]]:

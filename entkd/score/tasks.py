@@ -55,14 +55,20 @@ def load_tasks(suite: Suite, data: Path) -> list[LoadedTask]:
     Raises
     ------
     UserError
-        For a task or metric that does not exist, with the nearest that does.
+        For a task or metric that does not exist, with the nearest that does; for data that cannot be fetched.
     """
     manager = _manager(suite, data)
     loaded: dict[str, dict[str, Any]] = {}
     tasks = []
     for task in suite.tasks:
         if task.name not in loaded:
-            loaded[task.name] = dict(manager.load([task.name]))
+            try:
+                loaded[task.name] = dict(manager.load([task.name]))
+            except ConnectionError as error:
+                raise UserError(
+                    f"tasks.{task.name}: its data are not on this machine and cannot be fetched ({error}); "
+                    "run this once with a network, or give a task file with local data_files in include_path"
+                ) from error
             for leaf in loaded[task.name]["tasks"].values():
                 _prepare(leaf, suite)
         key = _result_key(task.name, task.metric, loaded[task.name])

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from entkd.entropy import Difficulty
+from entkd.entropy import Difficulty, Scale
 from entkd.errors import UserError
 from entkd.signals.content import FORMAT
 
@@ -78,10 +78,10 @@ class SignalStore:
         """(U, E) the teacher's output projection in its own type, memory-mapped. Do not write to it."""
         return load_file(self.folder / "head.safetensors")["weight"]
 
-    @cached_property
-    def difficulty(self) -> Difficulty:
-        """Entropy → difficulty, fitted on the calibration documents."""
-        return Difficulty.from_state(load_file(self.folder / "calibration.safetensors"))
+    def difficulty(self, scale: Scale = "rank") -> Difficulty:
+        """Entropy → difficulty on a scale, fitted on the calibration documents."""
+        state = load_file(self.folder / "calibration.safetensors")
+        return Difficulty.from_state(state, scale=scale, vocab_size=self.vocab_size)
 
     def split(self, name: str) -> SplitSignals:
         """The signals of one split; raises UserError where the store has none of it."""

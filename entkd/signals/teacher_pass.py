@@ -21,7 +21,7 @@ from entkd.data import Corpus, read_texts
 from entkd.data.packing import Batch, Block, collate, pack
 from entkd.entropy import token_entropy
 from entkd.errors import UserError
-from entkd.models import assert_linear_head, load_model, output_weight_VD, trunk_forward, vocab_rows
+from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
 from entkd.signals.content import feature_layers
 from entkd.signals.store import STATISTICS, response_tokens
 
@@ -99,10 +99,10 @@ class TeacherPass:
         advance: Callable[[int], None],
     ) -> None:
         model = load_model(folder, dtype="auto")
-        self.head_rows = vocab_rows(output_weight_VD(model), vocab_size, f"teacher {folder}")
+        self.head_rows = vocab_rows(output_weight(model), vocab_size, f"teacher {folder}")
         assert_linear_head(model, f"teacher {folder}")
         # Taken before the trunk changes type: arms project with the head as it is stored.
-        self.head_UE = output_weight_VD(model)[:vocab_size].detach().cpu().clone()
+        self.head_UE = output_weight(model)[:vocab_size].detach().cpu().clone()
         self.layers = feature_layers(needs, model.config.num_hidden_layers)
         self._model = model
         self._model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # Transformers' annotation

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from entkd.config import Signals
 from entkd.data import Corpus
 from entkd.errors import UserError
-from entkd.models import load_model, output_weight_VD, trunk_forward
+from entkd.models import load_model, output_weight, trunk_forward
 from entkd.provenance import file_sha256
 from entkd.runtime import device_slot, numpy_stream
 from entkd.signals.content import content_key, describe_content
@@ -92,7 +92,7 @@ def _compare(
     store: SignalStore, signals: SplitSignals, corpus: Corpus, model: PreTrainedModel, sample: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Absolute errors of a sample of documents, one value per response token."""
-    head_UE = output_weight_VD(model)[: store.vocab_size].float()
+    head_UE = output_weight(model)[: store.vocab_size].float()
     stored_head_UE = store.head_UE.to(device).float()
     errors: dict[str, list[Tensor]] = {}
     for document in np.sort(numpy_stream(0, "verify").permutation(len(corpus))[:sample]).tolist():

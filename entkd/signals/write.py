@@ -23,12 +23,12 @@ from torch import Tensor
 from entkd.config import Signals
 from entkd.data import Corpus
 from entkd.entropy import Difficulty
+from entkd.progress import Progress
 from entkd.provenance import file_sha256, write_json
 from entkd.runtime import device_slot, numpy_stream, resolve_dtype
 from entkd.signals.content import FORMAT, content_key, describe_content
 from entkd.signals.files import locked, read_header, write_tensors
 from entkd.signals.histogram import write_entropy_csv
-from entkd.signals.progress import TokenProgress
 from entkd.signals.store import SignalStore
 from entkd.signals.teacher_pass import PassResult, Select, TeacherPass
 
@@ -96,7 +96,7 @@ def write_signals(
     pointer = {"store": os.path.relpath(folder, output.parent), "key": key}
     shown = ("vocab_size", "width", "feature_layers", "has_inf_logits", "summary")
     store = SignalStore(folder, manifest)
-    write_entropy_csv(output.parent / "entropy.csv", store.split("train").entropy_R, store.difficulty)
+    write_entropy_csv(output.parent / "entropy.csv", store.split("train").entropy_R, store.difficulty())
     write_json(output, pointer | {name: manifest[name] for name in shown})
 
 
@@ -163,7 +163,7 @@ def _fill(
     lengths = {split: Corpus.open(data, split).lengths for split in needs["splits"]}
     missing = [shard for shard in shards if shard.file not in whole]
     total = sum(int(lengths[shard.split][shard.documents].sum()) for shard in missing)
-    with TokenProgress("teacher signals", total) as progress:
+    with Progress("teacher signals", total, "token") as progress:
         run = TeacherPass(teacher, content["vocab_size"], needs, dtype, device, settings.batch_tokens, progress.advance)
         write_tensors(folder / HEAD, {"weight": run.head_UE}, {"key": key})
         fresh = [] if calibrated else [shard for shard in shards if shard.calibration]

@@ -77,7 +77,9 @@ def reference(tiny: Tiny):
         ids = torch.as_tensor(ids.astype(np.int64))
         captured: list[Tensor] = []
         hooks = [
-            layer.register_forward_hook(lambda module, args, out: captured.append(out[0] if isinstance(out, tuple) else out))
+            layer.register_forward_hook(
+                lambda module, args, out: captured.append(out[0] if isinstance(out, tuple) else out)
+            )
             for layer in model.model.layers
         ]
         last = model.model(input_ids=ids[None]).last_hidden_state[0]
@@ -92,7 +94,9 @@ def reference(tiny: Tiny):
         entropy = [-(lp.exp() * lp).sum(-1).numpy() for lp in logprobs]
     calibration = np.concatenate(entropy).astype(np.float32)
 
-    def compute(student, documents, kappa=0.0, u=0.5, c=0.0, theta=0.8, projectors=None, reverse=False) -> ReferenceTerms:
+    def compute(
+        student, documents, kappa=0.0, u=0.5, c=0.0, theta=0.8, projectors=None, reverse=False
+    ) -> ReferenceTerms:
         d = midrank(np.concatenate([entropy[i] for i in documents]).astype(np.float32), calibration)
         w = 1 + kappa * (2 * u - 1) * (2 * d - 1)
         w = torch.as_tensor(w / w.mean())

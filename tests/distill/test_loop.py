@@ -55,12 +55,14 @@ if event in ("kill", "sigterm"):
     loop.clip_gradients = trap(loop.clip_gradients)
 if event == "kill-in-write":
     torch.save = trap(torch.save, partial=True)
-distill(Method.model_validate_json(method), Training.model_validate_json(training), int(seed), Path(student), Path(data),
-        Path(signals), Path(output))
+method, training = Method.model_validate_json(method), Training.model_validate_json(training)
+distill(method, training, int(seed), Path(student), Path(data), Path(signals), Path(output))
 """
 
 
-def run_child(tiny, output: Path, training: Training, event: str = "", count: int = 0, env: dict[str, str] | None = None):
+def run_child(
+    tiny, output: Path, training: Training, event: str = "", count: int = 0, env: dict[str, str] | None = None
+):
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, canonical_json(FULL), canonical_json(training), "0"]
         + [str(path) for path in (tiny.student, tiny.data, tiny.signals, output)]
@@ -92,12 +94,15 @@ def whole(tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_outputs_and_record(tiny, whole: Path) -> None:
     record = json.loads((whole / "run.json").read_text(encoding="utf-8"))
     corpus = Corpus.open(tiny.data, "train")
-    trained = sum(int(corpus.response_lengths[block].sum()) for step in plan_steps(corpus, TRAINING, 0) for block in step)
+    trained = sum(
+        int(corpus.response_lengths[block].sum()) for step in plan_steps(corpus, TRAINING, 0) for block in step
+    )
     assert record["positions"] == trained
     assert record["tokens"] == 6 * 4 * 64
     assert (record["steps"], record["resumed"], record["threads"]) == (6, 0, [1])
     assert record["arm"]["method"] == FULL.model_dump(mode="json")
-    assert record["tflops"] > 0 and record["peak_gib"] > 0 and record["teacher_tokens"] > 0
+    for name in ("tflops", "peak_gib", "teacher_tokens"):
+        assert record[name] > 0
     assert not (whole / "resume").exists()
     logged = rows(whole)
     steps = [row for row in logged if "loss" in row]
@@ -190,7 +195,9 @@ def test_best_checkpoint_is_the_one_with_the_lowest_dev_nll(tiny, tmp_path: Path
     record = run(tiny, tmp_path, training)
     evaluated = {row["step"]: row["dev_nll"] for row in rows(tmp_path) if "dev_nll" in row}
     assert record["best_step"] == min(evaluated, key=evaluated.__getitem__) < 6
-    nll = dev_nll(load_model(tmp_path), Corpus.open(tiny.data, "dev"), training, 300, 2, torch.device("cpu"), torch.float32)
+    nll = dev_nll(
+        load_model(tmp_path), Corpus.open(tiny.data, "dev"), training, 300, 2, torch.device("cpu"), torch.float32
+    )
     assert nll == pytest.approx(min(evaluated.values()), rel=1e-5)
 
 
@@ -206,5 +213,3 @@ def test_dev_nll_is_on_the_scale_of_the_training_loss(tiny) -> None:
             logprob = torch.log_softmax(student(input_ids=ids[None]).logits[0].double(), -1)
         total -= sum(logprob[i - 1, ids[i]].item() for i in range(prompt_length, len(ids)))
     assert nll == pytest.approx(total / corpus.response_tokens, rel=1e-5)
-
-

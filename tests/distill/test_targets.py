@@ -66,14 +66,16 @@ def test_fewer_layer_pairs_than_stored_take_every_other_layer(tiny, tmp_path: Pa
     method = Method.model_validate({"divergence": "forward_kl", "features": {"points": 2}})
     targets = TeacherTargets(method, signals, Corpus.open(tiny_corpus, "train"), 0)
     assert targets.teacher_layers == (1, 3)
-    with pytest.raises(UserError, match="method.features.points: 3"):
-        three = Method.model_validate({"divergence": "forward_kl", "features": {"points": 3}})
+    three = Method.model_validate({"divergence": "forward_kl", "features": {"points": 3}})
+    with pytest.raises(UserError, match=r"method\.features\.points: 3"):
         TeacherTargets(three, signals, Corpus.open(tiny_corpus, "train"), 0)
 
 
 def test_method_without_signals_reads_none(tiny) -> None:
     corpus = Corpus.open(tiny.data, "train")
-    step = TeacherTargets(Method.model_validate({"ce": {}}), None, corpus, 0).step([collate(corpus, [np.arange(3)], 256, 2)], 0.5)
+    step = TeacherTargets(Method.model_validate({"ce": {}}), None, corpus, 0).step(
+        [collate(corpus, [np.arange(3)], 256, 2)], 0.5
+    )
     assert step.positions == int(corpus.response_lengths[:3].sum())
     assert step.micro_batches[0].teacher_hidden_NE is None
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.models import assert_linear_head, output_weight, trunk_forward, vocab_rows
 from entkd.progress import Progress
-from entkd.tiles import compute_dtype, piece_rows, projection, slices, tile_rows
+from entkd.tiles import compute_dtype, piece_rows, slices, tile_rows
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,8 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
 def label_logprobs(hidden_ND: Tensor, weight_VD: Tensor, source_M: Tensor, label_M: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax(hidden · weightᵀ)[label] in fp32, and whether the label is the most probable token.
 
+    The logits are the model's own, of its dtype, as lm-eval takes them: training needs them in fp32, for gradients.
+
     Parameters
     ----------
     hidden_ND, weight_VD
@@ -194,14 +196,13 @@ def label_logprobs(hidden_ND: Tensor, weight_VD: Tensor, source_M: Tensor, label
     tuple
         (M,) log-probabilities in nats, fp32 (fp64 for fp64 inputs), and (M,) bool.
     """
-    device, vocabulary = hidden_ND.device, len(weight_VD)
-    project = projection(hidden_ND, weight_VD, compute_dtype(hidden_ND))
+    device, vocabulary, dtype = hidden_ND.device, len(weight_VD), compute_dtype(hidden_ND)
     order_M = source_M.argsort(stable=True)
     sorted_M = source_M[order_M].contiguous()
-    logprob_M = torch.empty(len(label_M), dtype=compute_dtype(hidden_ND), device=device)
+    logprob_M = torch.empty(len(label_M), dtype=dtype, device=device)
     greedy_M = torch.empty(len(label_M), dtype=torch.bool, device=device)
     for tile in slices(len(hidden_ND), tile_rows(vocabulary, device)):
-        logits_RV = project(tile)
+        logits_RV = (hidden_ND[tile] @ weight_VD.T).to(dtype)
         pieces = [logits_RV[piece] for piece in slices(len(logits_RV), piece_rows(vocabulary, device))]
         normaliser_R = torch.cat([piece.logsumexp(-1) for piece in pieces])
         largest_R = torch.cat([piece.amax(-1) for piece in pieces])

@@ -20,6 +20,7 @@ from entkd import __version__, config
 from entkd.config.base import Settings
 from entkd.config.errors import problems_of
 from entkd.errors import UserError
+from entkd.machine import keep_freed_memory
 
 S = TypeVar("S", bound=Settings)
 
@@ -260,6 +261,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage. A user's mistake ends with one line per problem and exit status 2."""
     args = parser().parse_args(argv)
+    keep_freed_memory()
     try:
         return args.function(args) or 0
     except (UserError, ValidationError, FileNotFoundError) as error:

@@ -27,6 +27,24 @@ def test_next_fit_by_hand() -> None:
     assert [block.tolist() for block in blocks] == [[0, 3], [2, 1]]
 
 
+def test_open_blocks_take_what_still_fits_by_hand() -> None:
+    # with two open rows, document 3 (size 1) can no longer go to row 0, which still has room for it
+    sizes = np.array([5, 6, 4, 1, 2])
+    assert [b.tolist() for b in pack(sizes, 7, np.arange(5), open_blocks=2)] == [[0], [1, 3], [2, 4]]
+    assert [b.tolist() for b in pack(sizes, 7, np.arange(5), open_blocks=3)] == [[0, 3], [1], [2, 4]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.randoms(), st.integers(1, 8))
+def test_open_blocks_pack_every_document_once_into_no_more_rows(lengths, random, open_blocks) -> None:
+    order = np.array(random.sample(range(len(lengths)), len(lengths)))
+    sizes = np.array(lengths)
+    blocks = pack(sizes, 16, order, open_blocks)
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(len(lengths)))
+    assert all(sizes[block].sum() <= 16 for block in blocks)
+    assert len(pack(sizes, 16, order, len(lengths))) <= len(pack(sizes, 16, order))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 16), min_size=1, max_size=40), st.randoms())
 def test_every_document_is_packed_once_in_order_and_no_block_overflows(lengths, random) -> None:

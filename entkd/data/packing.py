@@ -47,33 +47,34 @@ class Batch:
         )
 
 
-def pack(lengths: NDArray[np.int64], block: int, order: NDArray[np.int64]) -> list[Block]:
-    """Put the documents ``order`` into rows of at most ``block`` tokens, next-fit.
+def pack(lengths: NDArray[np.int64], block: int, order: NDArray[np.int64], open_blocks: int = 1) -> list[Block]:
+    """Put the documents ``order`` into rows of at most ``block`` tokens.
 
-    Next-fit keeps the documents in order, so a block never mixes early with late ones of a sorted order.
+    A document goes into the first of the last ``open_blocks`` rows with room for it, else into a new one. One open
+    row keeps the documents exactly in order; more of them leave less padding and keep documents near their place.
 
     Raises
     ------
     UserError
         If a document alone is longer than a block.
     """
-    blocks: list[Block] = []
-    current: list[int] = []
-    filled = 0
+    blocks: list[list[int]] = []
+    filled: list[int] = []
     for index, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         if length > block:
             raise UserError(
                 f"training.block: document {index} has {length} tokens and a block has {block}; "
                 "raise training.block or lower data.max_tokens"
             )
-        if filled + length > block:
-            blocks.append(np.asarray(current, dtype=np.int64))
-            current, filled = [], 0
-        current.append(index)
-        filled += length
-    if current:
-        blocks.append(np.asarray(current, dtype=np.int64))
-    return blocks
+        for row in range(max(0, len(blocks) - open_blocks), len(blocks)):
+            if filled[row] + length <= block:
+                blocks[row].append(index)
+                filled[row] += length
+                break
+        else:
+            blocks.append([index])
+            filled.append(length)
+    return [np.asarray(documents, dtype=np.int64) for documents in blocks]
 
 
 def collate(corpus: Corpus, blocks: Sequence[Block], block: int, pad_id: int) -> Batch:
@@ -129,7 +130,7 @@ def plan_steps(corpus: Corpus, settings: Training, seed: int) -> list[list[Block
 def _shuffled_blocks(lengths: NDArray[np.int64], block: int, seed: int) -> Iterator[Block]:
     generator = numpy_stream(seed, "data order")
     while True:
-        yield from pack(lengths, block, generator.permutation(len(lengths)))
+        yield from pack(lengths, block, generator.permutation(len(lengths)), open_blocks=16)
 
 
 def _steps_of_epochs(lengths: NDArray[np.int64], settings: Training, epochs: float, seed: int) -> int:

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from entkd.config import HubData, JsonData, SyntheticData

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_llama
 from signal_cases import SETTINGS, as_teacher
+from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from entkd.data import Corpus

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ending_early, tiny_llama
 from scipy import stats
+from tiny_models import ending_early, tiny_llama
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from entkd.generate import choose, generate

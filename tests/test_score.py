@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from rouge_score.rouge_scorer import RougeScorer
+from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from entkd.config import Suite

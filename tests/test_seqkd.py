@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ending_early
+from tiny_models import ending_early
 from transformers import PreTrainedTokenizerFast
 
 from entkd.config import JsonData

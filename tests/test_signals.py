@@ -11,11 +11,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from signal_cases import ALL, HARD, SETTINGS, as_teacher, direct
+from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import entkd.signals.teacher_pass

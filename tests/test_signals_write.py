@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from signal_cases import ALL, HARD, SETTINGS, as_teacher, tree
+from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 import entkd.signals.teacher_pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -262,6 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage. A user's mistake ends with one line per problem and exit status 2."""
     args = parser().parse_args(argv)
     keep_freed_memory()
+    if not sys.stderr.isatty():  # libraries' bars fill a log with what it should tell; tqdm reads this at its import
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         return args.function(args) or 0
     except (UserError, ValidationError, FileNotFoundError) as error:

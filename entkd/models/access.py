@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from entkd.errors import UserError
-
-if not sys.stderr.isatty():  # a log full of bars hides what it should tell
-    transformers_logging.disable_progress_bar()
 
 _LAYER_LISTS = ("layers", "h", "decoder.layers")
 """Where trunks keep their decoder layers: Llama, Qwen, Gemma; GPT-2; OPT."""

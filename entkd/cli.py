@@ -110,7 +110,7 @@ def _score(args: argparse.Namespace) -> None:
 
     suite = _parse(args.settings, config.Suite)
     where = (args.model, args.data, args.signals, args.output, args.items)
-    score(suite, *where, arm=args.arm, seed=args.seed, suite_name=args.suite, tokenizer=None)
+    score(suite, *where, arm=args.arm, seed=args.seed, suite_name=args.suite)
 
 
 def _collect_scores(args: argparse.Namespace) -> None:

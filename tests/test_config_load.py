@@ -11,7 +11,7 @@ import yaml
 
 from entkd.config import CrossEntropy, Experiment, load_experiment
 from entkd.config.errors import ConfigError
-from entkd.config.jobs import COMPONENTS
+from entkd.names import COMPONENTS
 
 ROOT = Path(__file__).parents[1]
 DELETED = object()

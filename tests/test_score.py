@@ -215,7 +215,7 @@ def scored(tmp_path_factory, tiny_teacher, tiny_corpus):
     folder = tmp_path_factory.mktemp("scores")
     files = folder / "demo.csv", folder / "demo.items.parquet"
     where = (tiny_teacher, tiny_corpus, None, *files)
-    score(suite(*DEMO, limit=6), *where, arm="kd", seed=3, suite_name="demo", tokenizer=None)
+    score(suite(*DEMO, limit=6), *where, arm="kd", seed=3, suite_name="demo")
     return pd.read_csv(files[0]), pd.read_parquet(files[1])
 
 
@@ -300,7 +300,7 @@ def test_a_folder_of_the_users_tasks(folder_of_tasks, tiny_teacher, tiny_corpus,
     files = tmp_path / "out" / "x.csv", tmp_path / "out" / "x.items.parquet"
     tasks = [("my_group", "acc", "higher"), ("my_choice", "acc", "higher"), ("my_choice", "f1", "higher")]
     asked = suite(*tasks, include_path=str(folder_of_tasks), limit=5)
-    score(asked, tiny_teacher, tiny_corpus, None, *files, arm="kd", seed=0, suite_name="mine", tokenizer=None)
+    score(asked, tiny_teacher, tiny_corpus, None, *files, arm="kd", seed=0, suite_name="mine")
     scores, items = pd.read_csv(files[0]), pd.read_parquet(files[1])
     values = scores.set_index(["task", "metric"])["value"]
     # A mean over tasks of 3 and 5 items, not over the 8 items.

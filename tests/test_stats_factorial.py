@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from entkd.errors import UserError
-from entkd.stats import COMPONENTS, Factorial, factorial_effects, factorial_of
+from entkd.names import COMPONENTS
+from entkd.stats import Factorial, factorial_effects, factorial_of
 
 CELLS = list(itertools.product([0, 1], repeat=3))
 DESIGN = Factorial(COMPONENTS, ("kd", "f", "t", "tf", "c", "cf", "ct", "full"))

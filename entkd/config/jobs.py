@@ -13,9 +13,9 @@ from entkd.config.base import Settings
 from entkd.config.experiment import Experiment
 from entkd.config.method import Curriculum, Divergence, Features, Method, Temperature
 from entkd.config.stages import Suite, SyntheticData
+from entkd.names import COMPONENTS, FIDELITY
 
-COMPONENTS = ("curriculum", "temperature", "features")
-FIDELITY = (("kl", "lower"), ("top1_agreement", "higher"))
+FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))
 """Metrics that scoring adds where `fidelity` is on, and which way is better."""
 
 
@@ -64,9 +64,9 @@ def analysis_settings(experiment: Experiment) -> dict[str, Any]:
         for task in suite.tasks:
             tasks.append({"suite": name, "task": task.name} | task.model_dump(mode="json", exclude={"name"}))
         if suite.fidelity:
-            for metric, direction in FIDELITY:
+            for metric, direction in FIDELITY_METRICS:
                 shared = {"metric": metric, "direction": direction, "min_gap": 0.0, "scale": 1.0}
-                tasks.append({"suite": name, "task": "entkd_fidelity"} | shared)
+                tasks.append({"suite": name, "task": FIDELITY} | shared)
     return {
         "analysis": experiment.analysis.model_dump(mode="json"),
         "arms": arms,

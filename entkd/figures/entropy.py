@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from entkd.config import Curriculum, Temperature
 from entkd.figures.style import BLACK, BLUE, GREY, ROLE_LABEL, SKY, TEXT_WIDTH, VERMILLION, Study, few_ticks
+from entkd.names import FIDELITY
 
 DIFFICULTIES = (0.05, 0.25, 0.5, 0.75, 0.95)
-FIDELITY = "entkd_fidelity"
 
 
 def draw_entropy(study: Study, histograms: pd.DataFrame, method: Mapping[str, Any]) -> Figure:

@@ -18,10 +18,10 @@ from entkd.data.packing import collate, pack
 from entkd.errors import UserError
 from entkd.fused import linear_statistics
 from entkd.models import output_weight, trunk_forward
+from entkd.names import FIDELITY
 from entkd.score.items import ratio_items
 from entkd.signals import SignalStore
 
-TASK = "entkd_fidelity"
 VERSION = "1"
 _BLOCK = 1024
 """Tokens in a packed row, or the longest document if that is longer."""
@@ -65,7 +65,7 @@ def fidelity(
         items_D, stderr = ratio_items(sums_D, lengths_D)
         scores.append(_score(metric, float(items_D.mean()), stderr, len(documents)))
         items += [
-            {"task": TASK, "metric": metric, "item": str(document), "value": float(value)}
+            {"task": FIDELITY, "metric": metric, "item": str(document), "value": float(value)}
             for document, value in zip(documents, items_D, strict=True)
         ]
     tokens = int(corpus.response_offsets[len(documents)])
@@ -108,4 +108,4 @@ def _of(value_R: NDArray[np.float64], corpus: Corpus, document: int) -> NDArray[
 
 
 def _score(metric: str, value: float, stderr: float, n: int) -> dict[str, Any]:
-    return {"task": TASK, "metric": metric, "value": value, "stderr": stderr, "n": n, "task_version": VERSION}
+    return {"task": FIDELITY, "metric": metric, "value": value, "stderr": stderr, "n": n, "task_version": VERSION}

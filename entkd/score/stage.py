@@ -38,14 +38,13 @@ def score(
     arm: str,
     seed: int,
     suite_name: str,
-    tokenizer: Path | None = None,
 ) -> None:
     """Score a model on a suite and write its scores, and its values per item.
 
     Parameters
     ----------
-    model, tokenizer
-        Transformers folders; the tokenizer is the model's own unless given.
+    model
+        Transformers folder with its tokenizer.
     data
         Prepared data: its test split is what ``entkd_heldout``, ``entkd_rouge`` and fidelity use.
     signals
@@ -66,7 +65,7 @@ def score(
         tasks = load_tasks(suite, data)
         loaded = load_model(model, resolve_dtype(suite.precision, device))
         torch.nn.Module.to(loaded, device)  # what Transformers wraps around this method hides its type
-        lm = LanguageModel(loaded, load_tokenizer(tokenizer or model), suite.memory_gib)
+        lm = LanguageModel(loaded, load_tokenizer(model), suite.memory_gib)
         scores: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []
         # Chat templates are wrapped by the call, and ours carry their own.

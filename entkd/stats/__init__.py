@@ -6,14 +6,13 @@ same benchmark items. ``paired`` compares two arms, ``factorial`` analyses the f
 ``gap`` is the descriptive share of the teacher's lead.
 """
 
-from entkd.stats.factorial import COMPONENTS, Effect, Factorial, factorial_effects, factorial_of
+from entkd.stats.factorial import Effect, Factorial, factorial_effects, factorial_of
 from entkd.stats.families import claim, holm
 from entkd.stats.gap import fieller
 from entkd.stats.paired import LEVEL, Difference, compare
 from entkd.stats.power import power, seeds_needed, smallest_detectable
 
 __all__ = [
-    "COMPONENTS",
     "LEVEL",
     "Difference",
     "Effect",

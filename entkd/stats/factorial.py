@@ -15,10 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entkd.errors import UserError
+from entkd.names import COMPONENTS
 from entkd.stats.paired import ROUNDING, t_interval
-
-COMPONENTS = ("curriculum", "temperature", "features")
-"""What can be a factor, each off or on."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from entkd.stats import COMPONENTS, Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
+from entkd.names import COMPONENTS, FIDELITY
+from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
 from entkd.tables.effects import PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured
 
@@ -18,8 +19,6 @@ COLUMNS = [
     "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
 ]  # fmt: skip
 GAP_CLOSED = "gap_closed"
-FIDELITY = "entkd_fidelity"
-"""Not part of `gap_closed` over the suite: its distance to the teacher is zero for the teacher by definition."""
 
 
 def arm_table(

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from entkd.stats import COMPONENTS, LEVEL, factorial_of
+from entkd.names import COMPONENTS
+from entkd.stats import LEVEL, factorial_of
 from entkd.tables.arms import COSTS, GAP_CLOSED
 from entkd.tables.effects import EXPLORATORY, PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS

@@ -1,0 +1,6 @@
+"""Names that configuration, scoring, tables and figures share. Imports nothing."""
+
+COMPONENTS = ("curriculum", "temperature", "features")
+"""The components of the method; what can be a factor of the factorial, each off or on."""
+FIDELITY = "entkd_fidelity"
+"""Task under which scoring reports the distance to the teacher."""

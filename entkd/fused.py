@@ -15,8 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from entkd.divergences import DIVERGENCES, forward_kl
-from entkd.entropy import token_entropy
+from entkd.divergences import DIVERGENCES
 from entkd.temperature import loss_scale
 from entkd.tiles import TileLoss, by_autograd, compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
 
@@ -123,12 +122,10 @@ def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tens
     """
 
     def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-        lowest = torch.finfo(student_RV.dtype).min  # finite, so that its product with probability 0 is 0
         if temperature_N is not None:
             temperature_R1 = temperature_N.detach()[rows].to(student_RV.dtype).unsqueeze(-1)
             student_RV, teacher_RV = student_RV.div_(temperature_R1), teacher_RV.div_(temperature_R1)
-        log_q_RV = torch.log_softmax(student_RV, dim=-1).clamp_min_(lowest)
-        log_ratio_RV = torch.log_softmax(teacher_RV, dim=-1).clamp_min_(lowest)
+        log_q_RV, log_ratio_RV = _finite_log_softmax(student_RV), _finite_log_softmax(teacher_RV)
         p_RV, q_RV = log_ratio_RV.exp(), log_q_RV.exp()
         log_ratio_RV.sub_(log_q_RV)
         if reverse:
@@ -146,6 +143,11 @@ def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tens
     return loss
 
 
+def _finite_log_softmax(logits_RV: Tensor) -> Tensor:
+    """Log-probabilities; that of probability 0 is the lowest finite number, so that their product is 0."""
+    return torch.log_softmax(logits_RV, dim=-1).clamp_min_(torch.finfo(logits_RV.dtype).min)
+
+
 @torch.no_grad()
 def linear_statistics(
     student_hidden_ND: Tensor,
@@ -154,36 +156,30 @@ def linear_statistics(
     teacher_weight_UE: Tensor,
     *,
     vocab_size: int | None = None,
-    labels_N: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """How close the student is to the teacher, per token, at temperature 1 and without gradient.
 
     Returns
     -------
     dict
-        (N,) tensors: ``kl``, KL(p‖q) in nats; ``student_entropy`` in nats; ``agreement``, whether both have the same
-        most likely token; with labels ``nll``, -log q(label) in nats.
+        (N,) tensors: ``kl``, KL(p‖q) in nats; ``agreement``, whether both have the same most likely token.
     """
     vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     dtype, device = compute_dtype(student_hidden_ND), student_hidden_ND.device
     student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype)
     teacher = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], dtype)
     n_tokens = len(student_hidden_ND)
-    statistics = {name: torch.zeros(n_tokens, dtype=dtype, device=device) for name in ("kl", "student_entropy")}
-    statistics["agreement"] = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-    if labels_N is not None:
-        statistics["nll"] = torch.zeros(n_tokens, dtype=dtype, device=device)
+    kl_N = torch.zeros(n_tokens, dtype=dtype, device=device)
+    agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     for tile in slices(n_tokens, tile_rows(vocab_size, device)):
         student_RV, teacher_RV = student(tile), teacher(tile)
         for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
             rows = slice(tile.start + piece.start, tile.start + piece.stop)
-            q, p = student_RV[piece], teacher_RV[piece]
-            statistics["kl"][rows] = forward_kl(q, p)
-            statistics["student_entropy"][rows] = token_entropy(q)
-            statistics["agreement"][rows] = q.argmax(-1) == p.argmax(-1)
-            if labels_N is not None:
-                statistics["nll"][rows] = torch.nn.functional.cross_entropy(q, labels_N[rows], reduction="none")
-    return statistics
+            agreement_N[rows] = student_RV[piece].argmax(-1) == teacher_RV[piece].argmax(-1)
+            log_ratio_RV = _finite_log_softmax(teacher_RV[piece])
+            p_RV = log_ratio_RV.exp()
+            kl_N[rows] = log_ratio_RV.sub_(_finite_log_softmax(student_RV[piece])).mul_(p_RV).sum(-1)
+    return {"kl": kl_N, "agreement": agreement_N}
 
 
 def _rows(weight_VD: Tensor, vocab_size: int | None, owner: str) -> int:

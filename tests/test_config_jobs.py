@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from entkd.config import Experiment, Suite, Teacher, canonical_json, jobs, load_experiment
+from entkd.config.summary import summary
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +17,10 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def demo() -> Experiment:
     return load_experiment(ROOT / "config/config.yaml")
+
+
+def changed_demo(overrides: dict) -> Experiment:
+    return load_experiment(ROOT / "config/config.yaml", overrides)
 
 
 def test_canonical_json_is_one_text_per_value() -> None:
@@ -46,7 +51,15 @@ def test_arms_in_words(demo: Experiment) -> None:
         "name": "full", "role": "factorial", "divergence": "forward_kl",
         "curriculum": "soft κ=0.8", "temperature": "c=0.5", "features": "cosine θ=0.8",
     }  # fmt: skip
-    assert (words["sft"]["divergence"], words["sft"]["curriculum"]) == ("", "")
+    assert (words["sft"]["divergence"], words["sft"]["curriculum"]) == ("ce", "")
+    assert words["seqkd"]["divergence"] == "seqkd: ce"
+    own = {"a": {"ce": {"weight": 0.5}}, "b": {"curriculum": {}, "difficulty": {"scale": "logv"}}}
+    words = {arm["name"]: arm for arm in jobs.analysis_settings(changed_demo({"arms": own}))["arms"]}
+    assert (words["a"]["divergence"], words["b"]["divergence"]) == (
+        "forward_kl + ce weight=0.5", "forward_kl, difficulty logv",
+    )  # fmt: skip
+    told = [tuple(value for key, value in arm.items() if key not in ("name", "role")) for arm in words.values()]
+    assert len(set(told)) == len(told)
 
 
 def test_settings_off_their_defaults_are_in_the_words(demo: Experiment) -> None:
@@ -68,6 +81,9 @@ def test_primary_family_needs_the_whole_factorial(demo: Experiment) -> None:
     assert jobs.analysis_settings(other)["primary"][-1] == "full-kd"
     broken = load_experiment(ROOT / "config/config.yaml", {"arms": {"features": {"role": "control"}}})
     assert jobs.analysis_settings(broken)["primary"] == []
+    assert demo.lacking_cells == ""
+    assert broken.lacking_cells == "the factorial arms lack features"
+    assert "none: the factorial arms lack features" in summary(broken)
 
 
 def test_fidelity_is_a_task_of_the_table(demo: Experiment) -> None:

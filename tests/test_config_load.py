@@ -114,6 +114,11 @@ BAD = [
     ("suites/demo/tasks", [], "suites.demo.tasks: [] needs at least 1 entry"),
     ("suites/demo/include_path", "no", "suites.demo.include_path: no folder `no` (working directory"),
     ("analysis/reference", "kdd", "analysis.reference: unknown name `kdd`; did you mean `kd`? Known: full, kd"),
+    (
+        "arms/x",
+        {"role": "factorial", "divergence": "jsd"},
+        "arms.x.role: `factorial` makes it the cell `no component`, which arms.kd already is; give one of them",
+    ),
     ("seeds", [0, 0], "seeds: [0, 0] repeat themselves"),
     ("runtime/gpus", "some", 'runtime.gpus: "some" must be a whole number or "some" must be one of auto'),
     ("name", "scores", "name: `scores` is a folder of the demo's results; choose another"),

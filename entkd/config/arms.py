@@ -16,6 +16,7 @@ from pydantic import ValidationError, model_validator
 from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
+from entkd.names import COMPONENTS
 
 Role = Literal["factorial", "baseline", "control"]
 
@@ -56,6 +57,12 @@ class ResolvedArm(Settings):
     """Which rule trains it."""
     method: Method
     """Its complete method."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Name, role and which components are on: what decides the arm's cell of the factorial."""
+        on = {component: getattr(self.method, component) is not None for component in COMPONENTS}
+        return {"name": self.name, "role": self.role} | on
 
     @property
     def trained_method(self) -> dict[str, Any]:

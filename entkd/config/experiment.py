@@ -15,6 +15,8 @@ from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
 from entkd.config.stages import Analysis, Data, Signals, Slug, Student, Suite, Teacher, Training
+from entkd.design import Factorial, factorial_of, lacking
+from entkd.errors import UserError
 
 RESULT_FOLDERS = ("data", "figures", "logs", "scores", "signals", "students", "teachers")
 """Folders of the demo's results, which no other experiment may take as its name."""
@@ -80,6 +82,10 @@ class Experiment(Settings):
         if self.analysis.reference not in resolved:
             problems.append(unknown_name("analysis.reference", self.analysis.reference, resolved))
         problems += [problem for arm in resolved.values() for problem in self._lacking_signals(arm)]
+        try:
+            lacking([arm.components for arm in resolved.values()])
+        except UserError as error:  # two arms in one cell
+            problems.append(str(error))
         if problems:
             raise ProblemsError(problems)
         return self
@@ -110,6 +116,16 @@ class Experiment(Settings):
     def resolved_arms(self) -> dict[str, ResolvedArm]:
         """Every arm, sweeps included, with its complete method. Order as written."""
         return resolve_arms(self.method, self.arms, self.sweeps)
+
+    @property
+    def factorial(self) -> Factorial | None:
+        """The complete design that the factorial arms make up; None where they make up none."""
+        return factorial_of([arm.components for arm in self.resolved_arms.values()])
+
+    @property
+    def lacking_cells(self) -> str:
+        """Why there is no design although there are factorial arms; nothing where there is one, or no such arm."""
+        return lacking([arm.components for arm in self.resolved_arms.values()])
 
     @property
     def results(self) -> str:

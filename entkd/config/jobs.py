@@ -11,9 +11,9 @@ from typing import Any
 from entkd.config.arms import ResolvedArm
 from entkd.config.base import Settings
 from entkd.config.experiment import Experiment
-from entkd.config.method import Curriculum, Divergence, Features, Method, Temperature
+from entkd.config.method import Curriculum, Features, Temperature
 from entkd.config.stages import Suite, SyntheticData
-from entkd.names import COMPONENTS, FIDELITY
+from entkd.names import FIDELITY
 
 FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))
 """Metrics that scoring adds where `fidelity` is on, and which way is better."""
@@ -71,7 +71,7 @@ def analysis_settings(experiment: Experiment) -> dict[str, Any]:
         "analysis": experiment.analysis.model_dump(mode="json"),
         "arms": arms,
         "tasks": tasks,
-        "primary": _primary_family(experiment),
+        "primary": experiment.factorial.primary if experiment.factorial else [],
     }
 
 
@@ -86,17 +86,6 @@ def figure_settings(experiment: Experiment) -> dict[str, Any]:
     return analysis_settings(experiment) | {"method": shown}
 
 
-def _primary_family(experiment: Experiment) -> list[str]:
-    """The main effects of the factorial's components, and the arm with all of them against the arm with none."""
-    factorial = [arm for arm in experiment.resolved_arms.values() if arm.role == "factorial"]
-    varied = [name for name in COMPONENTS if len({getattr(arm.method, name) is None for arm in factorial}) == 2]
-    full = [arm.name for arm in factorial if all(getattr(arm.method, name) is not None for name in varied)]
-    base = [arm.name for arm in factorial if all(getattr(arm.method, name) is None for name in varied)]
-    if len(varied) < 2 or len(factorial) != 2 ** len(varied) or len(full) != 1 or len(base) != 1:
-        return []
-    return [*varied, f"{full[0]}-{base[0]}"]
-
-
 def _arm_in_words(arm: ResolvedArm) -> dict[str, str]:
     method = arm.method
     return {
@@ -105,7 +94,7 @@ def _arm_in_words(arm: ResolvedArm) -> dict[str, str]:
         "curriculum": _curriculum(method.curriculum),
         "temperature": _temperature(method.temperature),
         "features": _features(method.features),
-        "divergence": _divergence(method),
+        "divergence": _terms(arm),
     }
 
 
@@ -134,6 +123,13 @@ def _features(features: Features | None) -> str:
     return f"{features.loss}{where}{_changed(features, 'loss', 'threshold')}"
 
 
-def _divergence(method: Method) -> str:
-    divergence: Divergence | None = method.divergence
-    return "" if divergence is None else f"{divergence.name}{_changed(divergence, 'name')}"
+def _terms(arm: ResolvedArm) -> str:
+    """The logits terms, with what else tells arms apart: the pipeline, and a difficulty that is not the rank."""
+    method, terms = arm.method, []
+    if method.divergence is not None:
+        terms.append(f"{method.divergence.name}{_changed(method.divergence, 'name')}")
+    if method.ce is not None:
+        terms.append(f"ce{_changed(method.ce)}")
+    pipeline = "" if arm.pipeline == "distill" else f"{arm.pipeline}: "
+    by = f", difficulty {method.difficulty.scale}" if method.needs_difficulty and _changed(method.difficulty) else ""
+    return f"{pipeline}{' + '.join(terms)}{by}"

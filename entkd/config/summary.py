@@ -13,6 +13,7 @@ def summary(experiment: Experiment) -> str:
     init = student.path or student.repo or (f"layers {list(student.layers)}" if student.init == "layers" else "random")
     length = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
     tokens = f"{training.blocks_per_step} × {training.block} tokens"
+    why = experiment.lacking_cells or "no arm has the role factorial"
     students, suites = len(settings["arms"]) * len(experiment.seeds), len(experiment.suites)
     lines = [
         f"experiment  {experiment.name} → {experiment.results}/",
@@ -22,16 +23,15 @@ def summary(experiment: Experiment) -> str:
         f"training    {length} of {tokens}, lr {training.lr:g} {training.schedule}",
         f"suites      {', '.join(f'{name} ({len(suite.tasks)} tasks)' for name, suite in experiment.suites.items())}",
         f"reference   {experiment.analysis.reference}",
-        f"primary     {', '.join(settings['primary']) or 'none: the factorial arms are no full factorial design'}",
+        f"primary     {', '.join(settings['primary']) or f'none: {why}'}",
         f"jobs        {students} students ({len(settings['arms'])} arms × seeds {list(experiment.seeds)}), "
         f"{(students + 2) * suites} scorings",
         "",
     ]
-    header = ("arm", "role", "pipeline", "divergence", "ce", "curriculum", "temperature", "features")
+    header = ("arm", "role", "pipeline", "divergence", "curriculum", "temperature", "features")
     rows = [header]
     for words, arm in zip(settings["arms"], experiment.resolved_arms.values(), strict=True):
-        ce = f"{arm.method.ce.weight:g}" if arm.method.ce else ""
-        cells = words | {"arm": arm.name, "pipeline": arm.pipeline, "ce": ce}
+        cells = words | {"arm": arm.name, "pipeline": arm.pipeline}
         rows.append(tuple(cells[column] for column in header))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -6,7 +6,8 @@ same benchmark items. ``paired`` compares two arms, ``factorial`` analyses the f
 ``gap`` is the descriptive share of the teacher's lead.
 """
 
-from entkd.stats.factorial import Effect, Factorial, factorial_effects, factorial_of
+from entkd.design import Factorial, factorial_of
+from entkd.stats.factorial import Effect, factorial_effects
 from entkd.stats.families import claim, holm
 from entkd.stats.gap import fieller
 from entkd.stats.paired import LEVEL, Difference, compare

@@ -28,6 +28,8 @@ def read_experiment() -> Experiment:
 
 
 experiment = read_experiment()
+if experiment.lacking_cells:
+    logger.warning(f"No effects of components: {experiment.lacking_cells}.")
 
 
 pathvars:

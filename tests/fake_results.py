@@ -117,7 +117,7 @@ def fake_runs(seeds: tuple[int, ...] = SEEDS) -> pd.DataFrame:
         for seed in seeds:
             more = 1.05 if "features" in FACTORIAL.get(arm, ()) else 1.0
             cost = {"seconds": (40.0 + position + seed) * more, "tflops": 12.5 * more, "peak_gib": 1.2 * more}
-            size = {"steps": 48, "tokens": 9800 + 10 * seed, "positions": 24576}
+            size = {"steps": 48, "tokens": 24576, "positions": 9800 + 10 * seed}
             rest = {"teacher_tokens": 12000, "resumed": 0, "device": "cpu"}
             rows.append({"arm": arm, "seed": seed, **size, **cost, **rest})
     return pd.DataFrame(rows)

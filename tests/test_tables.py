@@ -165,6 +165,27 @@ def test_exploratory_family_is_corrected_over_the_whole_table(
     assert set(table["claim"].dropna()) == {"better", "worse", "not shown"}
 
 
+def test_a_claim_beside_an_interval_around_zero_is_explained(rewritten: tuple[Path, pd.DataFrame]) -> None:
+    """The factorial claims `full - kd` for these items; items that differ widely make the row's own interval wide."""
+    folder, _ = rewritten
+    items = pd.read_parquet(folder / "items.parquet")
+    chosen = (items["metric"] == "kl") & (items["arm"] == "full")
+    items.loc[chosen, "value"] += items.loc[chosen, "item"].map({0: 30, 1: -30}).fillna(0)
+    items.to_parquet(folder / "items.parquet", index=False)
+    table, _ = tables(folder, settings_of("kl"))
+    found = row(table, "full", "kl")
+    assert found["low"] < 0 < found["high"]
+    assert found["claim"] == "better"
+    text = (folder / "out" / "ablation_table.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| full |")]
+    assert "] ▲† |" in line
+    assert text.count("†") == 2
+    assert "- † claimed by the declared contrast, for other seeds on these items;" in text
+    assert "\\blacktriangle$$\\dagger$" in (folder / "out" / "ablation_table.tex").read_text()
+    tables(folder, settings_of("rougeL"))
+    assert "†" not in (folder / "out" / "ablation_table.md").read_text()
+
+
 def test_the_declared_contrast_has_one_answer(results: tuple[Path, pd.DataFrame, pd.DataFrame]) -> None:
     _, table, effects = results
     for _, effect in effects[effects["effect"] == "full-kd"].iterrows():
@@ -224,6 +245,22 @@ def test_gap_closed(results: tuple[Path, pd.DataFrame, pd.DataFrame]) -> None:
     assert row(table, "kd", "kl")["gap_closed"] == pytest.approx(expected, rel=1e-6)
 
 
+def test_gap_closed_of_each_suite(rewritten: tuple[Path, pd.DataFrame]) -> None:
+    folder, scores = rewritten
+    alone, _ = tables(folder, settings_of("rougeL"), items=False)
+    pd.concat([scores, scores.assign(suite="other")]).to_csv(folder / "scores.csv", index=False)
+    settings = settings_of("acc", "rougeL")
+    settings["tasks"][0] |= {"suite": "other"}
+    table, _ = tables(folder, settings, items=False)
+    ratios = table[(table["arm"] == "sft") & (table["metric"] == "ratio")].set_index("task")["mean"]
+    assert set(ratios.index) == {"demo/gap_closed", "other/gap_closed"}
+    assert ratios["demo/gap_closed"] == pytest.approx(row(table, "sft", "acc")["gap_closed"], rel=1e-6)
+    assert ratios["other/gap_closed"] == pytest.approx(row(alone, "sft", "ratio")["mean"], rel=1e-6)
+    text = (folder / "out" / "ablation_table.md").read_text()
+    assert "| demo gap closed |" in text
+    assert "| other gap closed |" in text
+
+
 def test_gap_below_the_minimum_is_blank_and_left_out(small: Path) -> None:
     settings = settings_of("bits_per_byte", "rougeL")
     settings["tasks"][1]["min_gap"] = 10.0
@@ -246,7 +283,12 @@ def test_scale_of_a_task_decides_its_part_of_the_gap(small: Path) -> None:
 def test_costs(results: tuple[Path, pd.DataFrame, pd.DataFrame]) -> None:
     folder, table, _ = results
     runs = pd.read_csv(folder / "runs.csv")
-    assert row(table, "full", "kl")["seconds"] == pytest.approx(runs[runs["arm"] == "full"]["seconds"].mean())
+    own = runs[runs["arm"] == "full"]
+    assert row(table, "full", "kl")["seconds"] == pytest.approx(own["seconds"].mean())
+    assert row(table, "full", "kl")["tokens"] == own["positions"].mean() == 9810  # prompts and padding left out
+    text = (folder / "out" / "ablation_table.md").read_text()
+    for words in ("trained response tokens", "the teacher's pass", "wall time"):
+        assert words in text
     assert table[table["arm"] == "teacher"]["tokens"].isna().all()
 
 
@@ -461,7 +503,7 @@ def test_markdown(results: tuple[Path, pd.DataFrame, pd.DataFrame]) -> None:
     assert cells["entkd_fidelity kl ↓ mean ± sd"] == f"{found['mean']:.3f} ± {found['sd']:.3f}"
     interval = ", ".join(f"{x:+.3f}" for x in (found["low"], found["high"]))
     assert cells["entkd_fidelity kl ↓ Δ"] == f"{found['delta']:+.3f} [{interval}] ▲".replace("-", "−")
-    for words in ("n = 3 seeds", "exploratory", "mdd is the smallest", "p < 0.05", "not tested"):
+    for words in ("n = 3 seeds", "exploratory", "mdd is the smallest", "p < 0.05", "not tested", "the larger of"):
         assert words in text
 
 

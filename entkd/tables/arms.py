@@ -19,31 +19,39 @@ COLUMNS = [
     "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
 ]  # fmt: skip
 GAP_CLOSED = "gap_closed"
+"""Task of the rows that sum over a suite; with the suite in front where there are several."""
 
 
 def arm_table(
     settings: dict[str, Any], measured: list[Measured], effects: pd.DataFrame, runs: pd.DataFrame | None
 ) -> pd.DataFrame:
-    """One row per arm and task, and one per arm for `gap_closed`: teacher, untrained, then arms as in the settings.
+    """One row per arm and task, one per arm and suite for `gap_closed`: teacher, untrained, then the settings' order.
 
     ``delta`` is arm minus reference on the seeds that both have, ``low`` and ``high`` its 95 % interval over seeds and
     items. Every comparison is exploratory, corrected by Holm over the whole table, but one: the arm with all
     components against the arm with none is a declared contrast of the factorial, so its ``p_holm``, ``claim`` and
-    ``mdd`` are those of `effects.csv`. Teacher and untrained student are references: no test, no claim. In a
-    `gap_closed` row ``mean`` is the ratio and ``low``, ``high`` its Fieller interval.
+    ``mdd`` are those of `effects.csv` and speak of other seeds on the same items. Its interval stays the crossed one,
+    so that the intervals of all rows compare, and may hold 0 beside a claim. Teacher and untrained student are
+    references: no test, no claim. In a `gap_closed` row ``mean`` is the ratio and ``low``, ``high`` its Fieller
+    interval.
     """
     reference = settings["analysis"]["reference"]
+    suites = list(dict.fromkeys(m.suite for m in measured))
     arms = {name: {"role": "reference"} for name in PSEUDO_ARMS if all(name in m.values for m in measured)}
     arms |= {arm["name"]: arm for arm in settings["arms"]}
     rows = []
     for name, arm in arms.items():
         about = {"arm": name} | {key: arm.get(key, "") for key in ("role", *COMPONENTS, "divergence")}
         rows += [about | _scores(m, name) | _against(m, name, reference) for m in measured]
-        rows.append(about | _gap_over_suite(measured, name))
+        for suite in suites:
+            label = GAP_CLOSED if len(suites) == 1 else f"{suite}/{GAP_CLOSED}"
+            rows.append(about | {"task": label} | _gap_over_suite([m for m in measured if m.suite == suite], name))
     table = pd.DataFrame(rows).reindex(columns=[*COLUMNS, "p", "difference"])
     _add_claims(settings, table, effects)
     if runs is not None:
-        means = runs.groupby("arm")[COSTS].mean()
+        # What a run trained on are its response positions; its `tokens` also count prompts and padding.
+        trained = runs.assign(tokens=runs["positions"])
+        means = trained.groupby("arm")[COSTS].mean()
         table[COSTS] = means.reindex(table["arm"]).to_numpy()
     return table[COLUMNS]
 
@@ -84,12 +92,12 @@ def _closed(m: Measured, arm: str) -> tuple[Any, Any]:
 
 
 def gap_tasks(measured: list[Measured]) -> list[Measured]:
-    """The tasks that `gap_closed` over the suite sums."""
+    """The tasks that `gap_closed` over a suite sums: not fidelity, where the teacher is at 0 by definition."""
     return [m for m in measured if m.task != FIDELITY and _has_gap(m)]
 
 
 def _gap_over_suite(measured: list[Measured], arm: str) -> dict[str, Any]:
-    row = {"task": GAP_CLOSED, "metric": "ratio", "direction": "higher", "n": len(measured[0].values[arm])}
+    row = {"metric": "ratio", "direction": "higher", "n": len(measured[0].values[arm])}
     tasks = gap_tasks(measured)
     if tasks:
         parts = [_closed(m, arm) for m in tasks]

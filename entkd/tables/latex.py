@@ -17,6 +17,7 @@ SYMBOLS = {
     "✓": "\\checkmark",
     "▲": "\\blacktriangle",
     "▼": "\\blacktriangledown",
+    "†": "\\dagger",
 }
 SYMBOLS |= {"↑": "\\uparrow", "↓": "\\downarrow", "Δ": "\\Delta", "≥": "\\geq", "≤": "\\leq"}
 SYMBOLS |= {"α": "\\alpha", "β": "\\beta", "γ": "\\gamma", "κ": "\\kappa", "λ": "\\lambda", "μ": "\\mu", "θ": "\\theta"}

@@ -27,6 +27,8 @@ TOLERANCE = 1e-4
 class Measured:
     """What was measured on one task with one metric."""
 
+    suite: str
+    """The suite that scored it."""
     label: str
     """The task's name; with its suite in front where two suites share the task."""
     task: str
@@ -129,6 +131,7 @@ def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame 
         shared = names[task["task"], task["metric"]] > 1
         measured.append(
             Measured(
+                suite=task["suite"],
                 label=f"{task['suite']}/{task['task']}" if shared else task["task"],
                 task=task["task"],
                 metric=task["metric"],
@@ -185,7 +188,7 @@ def read_items(path: Path) -> pd.DataFrame:
 
 def read_runs(path: Path) -> pd.DataFrame:
     """``runs.csv``."""
-    return _columns(path, pd.read_csv(path, dtype={"arm": str}), ["arm", "tokens", "seconds", "tflops", "peak_gib"])
+    return _columns(path, pd.read_csv(path, dtype={"arm": str}), ["arm", "positions", "seconds", "tflops", "peak_gib"])
 
 
 def _columns(path: Path, frame: pd.DataFrame, needed: list[str]) -> pd.DataFrame:

@@ -7,14 +7,10 @@ write leaves the one before.
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,7 +19,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from entkd.errors import UserError
+from entkd.files import locked, replacing
 
 FORMAT = 1
 
@@ -41,9 +37,7 @@ class ResumeFolder:
         self._state = self.folder / "state.pt"
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state of this identity, or None. Temporary files of a killed write are removed."""
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
+        """The newest state of this identity, or None."""
         if not self._state.exists():
             return None
         state = torch.load(self._state, map_location="cpu", weights_only=True)
@@ -51,27 +45,19 @@ class ResumeFolder:
             print(
                 f"{self.folder}: resume state of other settings or inputs; starting anew", file=sys.stderr, flush=True
             )
-            self._state.unlink()
+            self._state.unlink(missing_ok=True)  # another process of the same run may have been faster
             return None
         return state
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state atomically."""
-        temporary = self._state.with_suffix(".tmp")
-        with refuse_full_disk(temporary), temporary.open("wb") as stream:
+        with replacing(self._state) as temporary, temporary.open("wb") as stream:
             torch.save({"format": FORMAT, "identity": self.identity, **state}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._state)
-        _sync_folder(self.folder)
 
     def save_best(self, model: nn.Module, step: int) -> None:
         """Keep the weights of the best evaluation so far, by step."""
-        path = self._best(step)
-        temporary = path.with_suffix(".tmp")
-        with refuse_full_disk(temporary):
+        with replacing(self._best(step)) as temporary:
             save_model(model, str(temporary))
-        temporary.replace(path)
 
     def load_best(self, model: nn.Module, step: int) -> None:
         """Give the model the weights that `save_best` kept at this step."""
@@ -90,43 +76,9 @@ class ResumeFolder:
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step}.safetensors"
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the run against a second process, e.g. one left over from a killed workflow; waits for it."""
-        path = self.folder / "lock"
-        while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    print(
-                        f"{self.folder}: another process works on this run; waiting for it", file=sys.stderr, flush=True
-                    )
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-                # The other process removes the folder when it finishes: then this lock is on a file that is gone.
-                if path.exists() and path.stat().st_ino == os.fstat(stream.fileno()).st_ino:
-                    yield
-                    return
-
-
-@contextlib.contextmanager
-def refuse_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk into an error that names the file, and remove what was half written."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a failed write as RuntimeError or their own OSError subclass
-        free = shutil.disk_usage(path.parent).free
-        full = (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or free < 2**20 or "os error 28" in str(error)
-        )
-        path.unlink(missing_ok=True)
-        if full:
-            raise UserError(
-                f"{path}: no space left on device ({free / 2**20:.0f} MiB free); free some and run again"
-            ) from error
-        raise
+        return locked(self.folder / "lock", "this run")
 
 
 class StopRequest:
@@ -150,11 +102,3 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

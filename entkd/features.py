@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from entkd.config import Features
+from entkd.errors import UserError
 
 
 def select_tokens(difficulty_N: Tensor, settings: Features, tokens_N: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -79,7 +80,7 @@ class Projectors(nn.ModuleList):
 
     Raises
     ------
-    ValueError
+    UserError
         ``identity`` between different widths.
     """
 
@@ -93,7 +94,7 @@ class Projectors(nn.ModuleList):
     ) -> None:
         if kind == "identity":
             if student_width != teacher_width:
-                raise ValueError(
+                raise UserError(
                     f"features.projector: identity needs equal widths; the student has {student_width} and the "
                     f"teacher {teacher_width}; use projector: linear"
                 )

@@ -1,16 +1,12 @@
-"""What a run records about itself: code, versions, hardware, peak memory, hashes."""
+"""What a run records about itself: code, versions, hardware, peak memory."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import resource
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -60,20 +56,3 @@ def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=1, sort_keys=True, allow_nan=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)

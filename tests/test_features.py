@@ -8,6 +8,7 @@ import torch
 from references import formulas
 
 from entkd.config import Features
+from entkd.errors import UserError
 from entkd.features import Projectors, feature_loss, select_tokens
 
 
@@ -43,7 +44,7 @@ def test_identity_compares_the_states_themselves():
     expected = formulas.feature_terms(student, teacher, "cosine").sum()
     assert feature_loss(student, teacher, projectors[1], "cosine").item() == pytest.approx(expected, rel=1e-5)
     assert feature_loss(student, 3 * student, projectors[0], "cosine").item() == pytest.approx(0, abs=1e-5)
-    with pytest.raises(ValueError, match=r"student has 5 and the teacher 7"):
+    with pytest.raises(UserError, match=r"student has 5 and the teacher 7"):
         Projectors(5, 7, pairs=1, kind="identity")
 
 

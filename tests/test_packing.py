@@ -69,7 +69,7 @@ def test_batch_by_hand(by_hand: Corpus) -> None:
         [10, 11, 12, 13, 14, 30, 31, 32, 33, 99],
         [20, 21, 22, 99, 99, 99, 99, 99, 99, 99],
     ]
-    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0], [0, 1, 2, 0, 1, 2, 3, 4, 5, 6]]
+    assert batch.position_ids_BL.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0], [0, 1, 2, 0, 0, 0, 0, 0, 0, 0]]
     # The first response token, 12, is predicted at the last prompt token, 11; the last, 14, at 13.
     assert batch.positions_N.tolist() == [1, 2, 3, 7, 10, 11]
     assert batch.labels_N.tolist() == [12, 13, 14, 33, 21, 22]

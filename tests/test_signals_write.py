@@ -24,10 +24,10 @@ import entkd.signals.write
 from entkd.config import Signals
 from entkd.data import Corpus
 from entkd.errors import UserError
-from entkd.provenance import file_sha256
+from entkd.files import WriteError, file_sha256, locked
 from entkd.signals import SignalStore
 from entkd.signals.content import content_key, describe_content
-from entkd.signals.files import StoreWriteError, locked, write_tensors
+from entkd.signals.files import write_tensors
 from entkd.signals.teacher_pass import plan_batches
 from entkd.signals.verify import verify
 from entkd.signals.write import plan_shards, write_signals
@@ -93,7 +93,7 @@ def test_an_interrupted_write_continues_at_the_last_whole_shard(
 
     def stop_after(folder, shard, result, key):
         if len(done) == shards_before:
-            for leftover in (f"{shard.file}.tmp", "train-00099.safetensors.tmp", ".tmpXq3f9a"):
+            for leftover in (f".{shard.file}.tmp", ".train-00099.safetensors.tmp", ".tmpXq3f9a"):
                 (folder / leftover).write_bytes(b"half")
             raise Killed
         plain(folder, shard, result, key)
@@ -248,7 +248,7 @@ def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path):
             write_tensors(tmp_path / "train-00000.safetensors", {"entropy": torch.zeros(10_000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert isinstance(caught.value, StoreWriteError)
+    assert isinstance(caught.value, WriteError)
     assert isinstance(caught.value, UserError)
     assert list(tmp_path.iterdir()) == []
 
@@ -257,10 +257,10 @@ def test_two_jobs_do_not_write_one_store(tmp_path, capsys):
     entered = threading.Event()
 
     def other() -> None:
-        with locked(tmp_path):
+        with locked(tmp_path / "lock", "these teacher signals"):
             entered.set()
 
-    with locked(tmp_path):
+    with locked(tmp_path / "lock", "these teacher signals"):
         with (tmp_path / "lock").open("w") as stream, pytest.raises(BlockingIOError):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         job = threading.Thread(target=other)
@@ -268,7 +268,7 @@ def test_two_jobs_do_not_write_one_store(tmp_path, capsys):
         assert not entered.wait(0.3)
     assert entered.wait(5)
     job.join()
-    assert "another job writes" in capsys.readouterr().err
+    assert "another process works on these teacher signals" in capsys.readouterr().err
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=40), st.integers(8, 200))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from entkd.errors import UserError
+from entkd.files import replacing
 
 SPLITS = ("train", "dev", "test")
 
@@ -96,15 +97,16 @@ def write_split(folder: Path, split: str, documents: Sequence[Document]) -> None
     """Write ``{split}.{ids,offsets,prompt_lengths}.npy`` and ``{split}.jsonl``."""
     lengths = [len(document.prompt_ids) + len(document.response_ids) for document in documents]
     flat = [token for document in documents for ids in (document.prompt_ids, document.response_ids) for token in ids]
-    np.save(folder / f"{split}.ids.npy", np.asarray(flat, dtype=np.int32))
-    np.save(folder / f"{split}.offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
-    np.save(
-        folder / f"{split}.prompt_lengths.npy",
-        np.asarray([len(document.prompt_ids) for document in documents], dtype=np.int32),
-    )
-    with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps(document.text, ensure_ascii=False) + "\n")
+    arrays = {
+        "ids": np.asarray(flat, dtype=np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "prompt_lengths": np.asarray([len(document.prompt_ids) for document in documents], dtype=np.int32),
+    }
+    for name, array in arrays.items():
+        with replacing(folder / f"{split}.{name}.npy") as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
+    with replacing(folder / f"{split}.jsonl") as temporary, temporary.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(document.text, ensure_ascii=False) + "\n" for document in documents)
 
 
 def read_texts(folder: str | Path, split: str) -> list[dict[str, Any]]:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from entkd.data.corpus import Document
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from entkd.files import file_sha256, write_json
 
 
 def summarise(documents: Sequence[Document], dropped: Mapping[str, int]) -> dict[str, Any]:
@@ -63,7 +55,5 @@ def write_manifest(
             path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.suffix in (".npy", ".jsonl")
         },
     }
-    partial = folder / ".manifest.json.partial"
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest)
     return manifest

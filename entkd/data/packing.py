@@ -28,7 +28,8 @@ class Batch:
     input_ids_BL: torch.Tensor
     """int64 token ids."""
     position_ids_BL: torch.Tensor
-    """int64 positions; they restart at each document, and at the padding."""
+    """int64 positions; they restart at each document, and padding has 0 each: a tail of padding may be longer than
+    the positions that a model has learned."""
     positions_N: torch.Tensor
     """int64 flat index into B·L of each predicting position: the one before its response token."""
     labels_N: torch.Tensor
@@ -96,7 +97,6 @@ def collate(corpus: Corpus, blocks: Sequence[Block], block: int, pad_id: int) ->
             labels.append(ids[prompt_length:].astype(np.int64))
             tokens.append(corpus.response_offsets[document] + response - prompt_length)
             start = stop
-        position_ids_BL[row, start:] = np.arange(block - start)
     return Batch(
         torch.from_numpy(input_ids_BL),
         torch.from_numpy(position_ids_BL),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from entkd.data.corpus import Corpus, Document, read_texts, write_split
-from entkd.data.manifest import file_sha256, summarise, write_manifest
+from entkd.data.manifest import summarise, write_manifest
 from entkd.errors import UserError
+from entkd.files import file_sha256
 from entkd.generate import generate
 from entkd.models import load_model, load_tokenizer, model_folder, weights_sha256
 from entkd.runtime import device_slot, resolve_dtype

@@ -11,11 +11,12 @@ from typing import Any
 from entkd.config import HubData, JsonData, SyntheticData
 from entkd.data.corpus import SPLITS, Document, write_split
 from entkd.data.manifest import summarise, write_manifest
-from entkd.data.sources import Row, RowData, read_rows
+from entkd.data.sources import Row, read_rows
 from entkd.data.synthetic import synthetic_documents
 from entkd.data.templates import Formatter
 from entkd.errors import UserError
 from entkd.models import load_tokenizer, model_folder
+from entkd.rows import RowData
 from entkd.runtime import numpy_stream
 
 

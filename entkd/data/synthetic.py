@@ -19,7 +19,7 @@ from entkd.data.templates import Formatter
 from entkd.errors import UserError
 from entkd.generate import generate
 from entkd.models import load_model
-from entkd.runtime import device_slot, resolve_dtype, torch_stream
+from entkd.runtime import device_slot, numpy_stream, resolve_dtype, torch_stream
 
 _MOST_REQUESTS_PER_DOCUMENT = 20
 """Sampling ends with an error past this many requests per wanted document."""
@@ -47,7 +47,9 @@ def synthetic_documents(
         while len(documents) < wanted:
             requests = writer.requests(wanted - len(documents))
             documents += writer.respond(requests, first=len(documents))
-    # Documents are independent draws, without near duplicates, so consecutive slices are random splits.
+    # Later requests differ from all earlier ones, so consecutive slices would put the unusual ones into test.
+    order = numpy_stream(settings.seed, "synthetic split").permutation(len(documents))
+    documents = [documents[index] for index in order]
     first, second = settings.train, settings.train + settings.dev
     splits = {"train": documents[:first], "dev": documents[first:second], "test": documents[second:]}
     return splits, {"train": dict(dropped)}

@@ -12,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from entkd.data.corpus import Document
 from entkd.errors import UserError
-
-Messages = list[dict[str, str]]
-"""Chat turns, each with ``role`` and ``content``."""
+from entkd.rows import Messages
 
 # The prompt without input of Stanford Alpaca (Taori et al. 2023), which its descendants share.
 _ALPACA = (

@@ -33,9 +33,11 @@ from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import finished, write_outputs
 from entkd.distill.targets import TeacherTargets
-from entkd.models import load_model, load_tokenizer, weights_sha256
+from entkd.errors import UserError
+from entkd.files import write_json
+from entkd.models import load_model, load_tokenizer, model_sha256
 from entkd.progress import Progress
-from entkd.provenance import device_name, git_sha, peak_gib, versions, write_json
+from entkd.provenance import device_name, git_sha, peak_gib, versions
 
 
 def distill(
@@ -64,15 +66,18 @@ def distill(
         If the stored signals lack something that the method needs, or the inputs do not fit together.
     """
     settings = {"method": method.model_dump(mode="json"), "training": training.model_dump(mode="json")}
-    identity = _identity(settings, seed, student, data, signals)
-    resume = ResumeFolder(output, identity)
     world = World.join()
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = runtime.resolve_dtype(training.precision, device_type)
+    identity = _identity(settings, seed, student, data, signals, f"{dtype} on {device_type}")
+    resume = ResumeFolder(output, identity)
     with resume.lock() if world.leads else contextlib.nullcontext(), runtime.device_slot() as device:
+        world.barrier()  # nobody looks at the folder before the lock is held
         if finished(output, identity):
             print(f"{output}: already complete, finished by an earlier process", file=sys.stderr, flush=True)
-            world.barrier()
         else:
-            _train(method, training, seed, student, data, signals, output, resume, world, device, settings)
+            _train(method, training, seed, student, data, signals, output, resume, world, device, dtype, settings)
+        world.barrier()
         if world.leads:
             resume.remove()
 
@@ -81,8 +86,8 @@ def finetune_teacher(training: Training, teacher: Path, data: Path, output: Path
     """Fine-tune the teacher on the training responses (cross-entropy alone) and write it as a teacher folder."""
     imported = json.loads((teacher / "manifest.json").read_text(encoding="utf-8"))
     distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output)
-    weights = weights_sha256(output / "model")
-    write_json(output / "manifest.json", imported | {"sha256": weights, "finetuned_from": imported["sha256"]})
+    finetuned = {"sha256": model_sha256(output / "model"), "finetuned_from": imported["sha256"]}
+    write_json(output / "manifest.json", imported | finetuned)
 
 
 def _title(output: Path) -> str:
@@ -90,14 +95,17 @@ def _title(output: Path) -> str:
     return f"{output.parent.name}/{output.name}"
 
 
-def _identity(settings: dict[str, Any], seed: int, student: Path, data: Path, signals: Path | None) -> str:
-    """What a resume state belongs to: settings, seed and the content of every input."""
+def _identity(
+    settings: dict[str, Any], seed: int, student: Path, data: Path, signals: Path | None, arithmetic: str
+) -> str:
+    """What a resume state belongs to: settings, seed, the content of every input, and how the device computes."""
     parts = {
         "settings": settings,
         "seed": seed,
-        "student": weights_sha256(student),
+        "student": model_sha256(student),
         "data": json.loads((data / "manifest.json").read_text(encoding="utf-8"))["files"],
         "signals": signals and json.loads(signals.read_text(encoding="utf-8"))["key"],
+        "arithmetic": arithmetic,
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
@@ -113,17 +121,17 @@ def _train(
     resume: ResumeFolder,
     world: World,
     device: torch.device,
+    dtype: torch.dtype,
     settings: dict[str, Any],
 ) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     began = time.monotonic()
     manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
     vocab_size, pad_id = manifest["vocab_size"], manifest["eos_token_id"]
-    dtype = runtime.resolve_dtype(training.precision, device)
 
     # ── data, teacher, student ────────────────────────────────────────────────────────────────────────────────
     corpus, dev = Corpus.open(data, "train"), Corpus.open(data, "dev")
-    targets = TeacherTargets(method, signals, corpus, seed)
+    targets = TeacherTargets(method, signals, data, corpus, seed)
     head_UE = targets.store.head_UE if targets.store is not None and method.divergence is not None else None
     student = load_model(student_folder).train()
     student.to(device)
@@ -147,7 +155,7 @@ def _train(
     )
 
     # ── where an interrupted run stopped ──────────────────────────────────────────────────────────────────────
-    torch.manual_seed(runtime.stream_seed(seed, "dropout"))
+    torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
     best_nll, best_step = math.inf, 0
@@ -224,6 +232,10 @@ def _train(
             )
             if step % training.eval_every == 0 or step == len(steps):
                 nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+                if not math.isfinite(nll):
+                    raise UserError(
+                        f"{_title(output)}: the dev loss is {nll} at step {step}; lower training.lr, set training.clip"
+                    )
                 metrics.flush()
                 metrics.rows.append({"step": step, "dev_nll": nll})
                 if training.checkpoint == "best" and nll < best_nll:
@@ -278,4 +290,3 @@ def _train(
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         write_outputs(output, student, load_tokenizer(student_folder), training.save_dtype, metrics.rows, record)
-    world.barrier()

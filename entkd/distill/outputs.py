@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entkd.checkpoint import refuse_full_disk
+from entkd.files import replacing, write_json
 from entkd.models import save_model, weights_sha256
-from entkd.provenance import write_json
 
 
 def finished(output: Path, identity: str) -> bool:
@@ -28,10 +27,8 @@ def finished(output: Path, identity: str) -> bool:
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     """One JSON object a line, replaced atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
-    temporary.replace(path)
 
 
 def write_outputs(
@@ -43,7 +40,6 @@ def write_outputs(
     record: dict[str, Any],
 ) -> None:
     """Write ``model/``, ``metrics.jsonl`` and, last, ``run.json``."""
-    with refuse_full_disk(output / ".model.partial" / "model.safetensors"):
-        save_model(model.to(getattr(torch, save_dtype)), tokenizer, output / "model")
+    save_model(model.to(getattr(torch, save_dtype)), tokenizer, output / "model")
     write_metrics(output / "metrics.jsonl", metrics)
     write_json(output / "run.json", record | {"weights_sha256": weights_sha256(output / "model")})

@@ -6,6 +6,7 @@ of a whole optimizer step are formed at once, with the step's own normalisers, a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,21 @@ from torch import Tensor
 
 from entkd.components import token_plan
 from entkd.config import Method
+from entkd.config.method import JSD, Divergence, SkewReverseKL
 from entkd.data import Corpus
 from entkd.data.packing import Batch
 from entkd.distill.objective import MicroBatch
 from entkd.errors import UserError
 from entkd.signals import SignalStore
 
-CONTAINS_REVERSE_KL = ("reverse_kl", "todi", "adaptive_kl")
-"""Divergences with a KL(q‖p) term, infinite where the teacher gives a token probability zero."""
+
+def contains_reverse_kl(divergence: Divergence) -> bool:
+    """Whether there is a KL(q‖p) term, infinite where the teacher gives a token probability zero."""
+    if isinstance(divergence, JSD):
+        return divergence.beta == 1
+    if isinstance(divergence, SkewReverseKL):
+        return divergence.alpha == 0
+    return divergence.name in ("reverse_kl", "todi", "adaptive_kl")
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,20 @@ class Step:
     """For the log: mean weight, mean weight × scale, mean temperature, number of tokens with a feature loss."""
 
 
+def check_same_data(store: SignalStore, data: Path, signals: Path) -> None:
+    """Refuse signals of other token ids: their rows would meet the wrong tokens, and nothing would look wrong."""
+    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    known = store.manifest["content"]["corpus"]
+    other = [
+        name for name in known if name.startswith("train.") and manifest["files"].get(f"{name}.npy") != known[name]
+    ]
+    if other or manifest["vocab_size"] != store.vocab_size:
+        raise UserError(
+            f"{signals}: made for other data than {data} ({', '.join(other) or 'vocab_size'} differ); "
+            "prepare the signals again for this data"
+        )
+
+
 class TeacherTargets:
     """The signal store as one arm reads it.
 
@@ -49,7 +71,7 @@ class TeacherTargets:
         If the method needs something that the store has not got; names the setting to change.
     """
 
-    def __init__(self, method: Method, signals: Path | None, corpus: Corpus, seed: int) -> None:
+    def __init__(self, method: Method, signals: Path | None, data: Path, corpus: Corpus, seed: int) -> None:
         self.method, self.seed = method, seed
         self.store: SignalStore | None = None
         self.teacher_layers: tuple[int, ...] = ()
@@ -59,17 +81,13 @@ class TeacherTargets:
             raise UserError("this method needs the teacher's signals; give --signals")
         self.store = store = SignalStore.open(signals)
         self.split = store.split("train")
-        if len(self.split.entropy_R) != corpus.response_tokens:
-            raise UserError(
-                f"{signals}: signals of {len(self.split.entropy_R)} response tokens, but the data has "
-                f"{corpus.response_tokens}; prepare the signals again for this data"
-            )
+        check_same_data(store, data, signals)
         self.sequence_R = torch.repeat_interleave(
             torch.arange(len(corpus)), torch.as_tensor(corpus.response_lengths, dtype=torch.long)
         )
         difficulty = store.difficulty(method.difficulty.scale)
         self.difficulty_R = difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
-        if method.divergence is not None and method.divergence.name in CONTAINS_REVERSE_KL and store.has_inf_logits:
+        if method.divergence is not None and contains_reverse_kl(method.divergence) and store.has_inf_logits:
             raise UserError(
                 f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
                 "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"

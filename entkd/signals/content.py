@@ -11,9 +11,9 @@ import torch
 
 from entkd.config import Signals, canonical_json
 from entkd.errors import UserError
+from entkd.files import file_sha256
 from entkd.models import layer_points
 from entkd.models.access import model_folder
-from entkd.provenance import file_sha256
 
 FORMAT = 1
 """Version of the files. Bumped when their meaning changes, so that no older store is taken for a new one."""

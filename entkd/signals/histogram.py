@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from entkd.entropy import Difficulty
+from entkd.files import replacing
 
 BINS = 50
 
@@ -16,8 +17,7 @@ BINS = 50
 def write_entropy_csv(path: Path, entropy_R: Tensor, difficulty: Difficulty) -> None:
     """Write the columns quantity (entropy, in nats, or difficulty), left, right, count."""
     entropy, ranks = entropy_R.numpy(), difficulty(entropy_R).numpy()
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(("quantity", "left", "right", "count"))
         for quantity, values, top in (
@@ -28,4 +28,3 @@ def write_entropy_csv(path: Path, entropy_R: Tensor, difficulty: Difficulty) -> 
             writer.writerows(
                 (quantity, *row) for row in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
             )
-    partial.replace(path)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from entkd.config import Signals
 from entkd.data import Corpus
 from entkd.errors import UserError
+from entkd.files import file_sha256
 from entkd.models import load_model, output_weight, trunk_forward
-from entkd.provenance import file_sha256
 from entkd.runtime import device_slot, numpy_stream
 from entkd.signals.content import content_key, describe_content
 from entkd.signals.store import SignalStore, SplitSignals

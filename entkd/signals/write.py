@@ -23,11 +23,11 @@ from torch import Tensor
 from entkd.config import Signals
 from entkd.data import Corpus
 from entkd.entropy import Difficulty
+from entkd.files import file_sha256, locked, write_json
 from entkd.progress import Progress
-from entkd.provenance import file_sha256, write_json
 from entkd.runtime import device_slot, numpy_stream, resolve_dtype
 from entkd.signals.content import FORMAT, content_key, describe_content
-from entkd.signals.files import locked, read_header, write_tensors
+from entkd.signals.files import read_header, write_tensors
 from entkd.signals.histogram import write_entropy_csv
 from entkd.signals.store import SignalStore
 from entkd.signals.teacher_pass import PassResult, Select, TeacherPass
@@ -84,7 +84,7 @@ def write_signals(
     content = describe_content(settings, needs, teacher, data, dtype)
     key = content_key(content)
     folder = cache / "signals" / key[:16]
-    with locked(folder):
+    with locked(folder / "lock", "these teacher signals"):
         if _is_complete(folder):
             print(f"{folder}: teacher signals found complete", file=sys.stderr, flush=True)
         else:
@@ -152,7 +152,7 @@ def _fill(
     """Write what is missing of the store, its manifest last."""
     began = time.monotonic()
     (folder / MANIFEST).unlink(missing_ok=True)
-    for leftover in folder.glob("*.tmp*"):  # ours, and the .tmp?????? that safetensors itself writes to
+    for leftover in folder.glob(".*tmp*"):  # ours, and the .tmp?????? that safetensors itself writes to
         leftover.unlink()
     needs = content["needs"]
     shards = plan_shards(settings, needs["splits"], data)

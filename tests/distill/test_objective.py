@@ -21,7 +21,7 @@ PAD = 2
 
 def build(tiny, method: Method) -> tuple[Objective, TeacherTargets, Corpus]:
     corpus = Corpus.open(tiny.data, "train")
-    targets = TeacherTargets(method, tiny.signals if method.needs_signals else None, corpus, seed=0)
+    targets = TeacherTargets(method, tiny.signals if method.needs_signals else None, tiny.data, corpus, seed=0)
     store = targets.store
     objective = Objective(
         load_model(tiny.student),
@@ -139,11 +139,48 @@ def test_prompt_and_padding_change_nothing_in_the_loss_terms(tiny) -> None:
     assert losses["ce"].item() == pytest.approx(np.mean(nll), rel=1e-5)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_hidden_states_of_prompt_and_padding_are_not_read(tiny, poison: float) -> None:
+    """Limit 6, NaN and inf included: what stands at other positions than the predicting ones reaches no term."""
+    method = Method.model_validate(FULL)
+    clean, expected, _ = loss_and_gradient(*build(tiny, method), [[[0, 5]]], u=0.7)
+    objective, targets, corpus = build(tiny, method)
+    batch = collate(corpus, [np.asarray([0, 5])], 256, PAD)
+    read = torch.zeros(256, dtype=torch.bool)
+    read[batch.positions_N] = True
+    assert 0 < int(read.sum()) < 256
+
+    def spoil(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.where(read[None, :, None], output, torch.full_like(output, poison))
+
+    # after the last layer and after the final norm: the layers themselves mix positions, as they must
+    objective.student.model.norm.register_forward_hook(spoil)
+    loss, gradient, _ = loss_and_gradient(objective, targets, corpus, [[[0, 5]]], u=0.7)
+    assert loss == pytest.approx(clean, rel=1e-6)
+    head = "student.model.embed_tokens.weight"  # tied: it gets the gradient of the output projection too
+    assert torch.isfinite(gradient[head]).all()
+    torch.testing.assert_close(gradient[head], expected[head], rtol=1e-4, atol=1e-6)
+
+
+def test_padding_token_and_length_change_nothing(tiny) -> None:
+    """Limit 6: another padding token, a longer tail of padding."""
+    method, results = Method.model_validate(FULL), []
+    for block, pad in ((128, PAD), (256, 7)):
+        objective, targets, corpus = build(tiny, method)
+        step = targets.step([collate(corpus, [np.asarray([0, 5])], block, pad)], 0.7)
+        losses = objective(step.micro_batches[0], step.positions, step.hard)
+        losses["loss"].backward()
+        results.append((losses["loss"].item(), {n: p.grad for n, p in objective.named_parameters()}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-4, atol=2e-6)
+
+
 def test_student_equal_to_the_teacher_has_loss_zero(tiny) -> None:
     """Limit 8, pitfall 9: no hidden cross-entropy in pure KD."""
     method = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "temperature": {}})
     corpus = Corpus.open(tiny.data, "train")
-    targets = TeacherTargets(method, tiny.signals, corpus, seed=0)
+    targets = TeacherTargets(method, tiny.signals, tiny.data, corpus, seed=0)
     objective = Objective(load_model(tiny.teacher), method, 300, targets.store.head_UE, targets.store.width)
     loss, gradient, _ = loss_and_gradient(objective, targets, corpus, [[[0, 1, 2, 3]]], u=0.9)
     other, other_gradient, _ = loss_and_gradient(*build(tiny, method), [[[0, 1, 2, 3]]], u=0.9)

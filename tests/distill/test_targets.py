@@ -24,7 +24,7 @@ FULL = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "tem
 def test_targets_follow_the_token_not_the_batch(tiny) -> None:
     """Pitfall 15: other order, other micro-batches, the same target for each token."""
     corpus = Corpus.open(tiny.data, "train")
-    targets = TeacherTargets(FULL, tiny.signals, corpus, 0)
+    targets = TeacherTargets(FULL, tiny.signals, tiny.data, corpus, 0)
 
     def by_token(micros: list[list[list[int]]]) -> dict[int, tuple[float, float, bool, list[float]]]:
         step = targets.step([collate(corpus, [np.asarray(b) for b in micro], 256, 2) for micro in micros], 0.3)
@@ -48,7 +48,7 @@ def test_targets_follow_the_token_not_the_batch(tiny) -> None:
 
 def test_feature_states_are_those_of_the_hard_tokens(tiny) -> None:
     corpus = Corpus.open(tiny.data, "train")
-    targets = TeacherTargets(FULL, tiny.signals, corpus, 0)
+    targets = TeacherTargets(FULL, tiny.signals, tiny.data, corpus, 0)
     batch = collate(corpus, [np.arange(4)], 256, 2)
     step = targets.step([batch], 0.5)
     micro = step.micro_batches[0]
@@ -64,16 +64,16 @@ def test_fewer_layer_pairs_than_stored_take_every_other_layer(tiny, tmp_path: Pa
     signals = tmp_path / "signals" / "manifest.json"
     write_signals(Signals(), needs, tiny.teacher, tiny_corpus, tmp_path / "cache", signals, "fp32")
     method = Method.model_validate({"divergence": "forward_kl", "features": {"points": 2}})
-    targets = TeacherTargets(method, signals, Corpus.open(tiny_corpus, "train"), 0)
+    targets = TeacherTargets(method, signals, tiny_corpus, Corpus.open(tiny_corpus, "train"), 0)
     assert targets.teacher_layers == (1, 3)
     three = Method.model_validate({"divergence": "forward_kl", "features": {"points": 3}})
     with pytest.raises(UserError, match=r"method\.features\.points: 3"):
-        TeacherTargets(three, signals, Corpus.open(tiny_corpus, "train"), 0)
+        TeacherTargets(three, signals, tiny_corpus, Corpus.open(tiny_corpus, "train"), 0)
 
 
 def test_method_without_signals_reads_none(tiny) -> None:
     corpus = Corpus.open(tiny.data, "train")
-    step = TeacherTargets(Method.model_validate({"ce": {}}), None, corpus, 0).step(
+    step = TeacherTargets(Method.model_validate({"ce": {}}), None, tiny.data, corpus, 0).step(
         [collate(corpus, [np.arange(3)], 256, 2)], 0.5
     )
     assert step.positions == int(corpus.response_lengths[:3].sum())
@@ -83,9 +83,15 @@ def test_method_without_signals_reads_none(tiny) -> None:
 def test_refusals_name_the_setting(tiny, tmp_path: Path) -> None:
     corpus = Corpus.open(tiny.data, "train")
     with pytest.raises(UserError, match="--signals"):
-        TeacherTargets(FULL, None, corpus, 0)
-    with pytest.raises(UserError, match="prepare the signals again"):
-        TeacherTargets(FULL, tiny.signals, Corpus.open(tiny.data, "dev"), 0)
+        TeacherTargets(FULL, None, tiny.data, corpus, 0)
+    # Other token ids of the same length: rows would fit, and be those of other tokens (pitfall 15).
+    other = tmp_path / "other"
+    shutil.copytree(tiny.data, other)
+    described = json.loads((other / "manifest.json").read_text(encoding="utf-8"))
+    described["files"]["train.ids.npy"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(described), encoding="utf-8")
+    with pytest.raises(UserError, match=r"train\.ids differ.*prepare the signals again"):
+        TeacherTargets(FULL, tiny.signals, other, corpus, 0)
 
     # A teacher that gives some tokens probability zero: KL(q‖p) is infinite (limit 7).
     pointer = json.loads(tiny.signals.read_text(encoding="utf-8"))
@@ -94,10 +100,20 @@ def test_refusals_name_the_setting(tiny, tmp_path: Path) -> None:
     manifest = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
     (store / "manifest.json").write_text(json.dumps(manifest | {"has_inf_logits": True}), encoding="utf-8")
     (tmp_path / "manifest.json").write_text(json.dumps(pointer | {"store": "store"}), encoding="utf-8")
-    for name in ("reverse_kl", "todi", "adaptive_kl"):
-        with pytest.raises(UserError, match=rf"{name} contains KL\(q‖p\)"):
-            TeacherTargets(Method.model_validate({"divergence": name}), tmp_path / "manifest.json", corpus, 0)
-    TeacherTargets(FULL, tmp_path / "manifest.json", corpus, 0)
+    refused = (
+        "reverse_kl",
+        "todi",
+        "adaptive_kl",
+        {"name": "jsd", "beta": 1.0},
+        {"name": "skew_reverse_kl", "alpha": 0},
+    )
+    for divergence in refused:
+        method = Method.model_validate({"divergence": divergence})
+        with pytest.raises(UserError, match=r"contains KL\(q‖p\)"):
+            TeacherTargets(method, tmp_path / "manifest.json", tiny.data, corpus, 0)
+    for divergence in ("jsd", "skew_reverse_kl", "tvd", "forward_kl"):
+        method = Method.model_validate({"divergence": divergence})
+        TeacherTargets(method, tmp_path / "manifest.json", tiny.data, corpus, 0)
 
 
 def test_micro_batches_must_share_out_evenly() -> None:

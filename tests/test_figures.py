@@ -32,6 +32,7 @@ from entkd.figures.intervals import draw_effects, draw_forest
 from entkd.figures.style import STYLE, Study
 from entkd.temperature import token_temperature
 
+METHOD = {"curriculum": {"kappa": -0.8}, "temperature": {"t2": "linear"}}
 NAMES = ["forest", "tasks", "curves", "effects", "entropy", "cost"]
 FORMATS = ["pdf", "png", "svg"]
 SIZES = [(3, 1, 1), (12, 3, 5), (40, 5, 6)]
@@ -45,7 +46,11 @@ def study_of(n_arms: int, n_seeds: int, n_tasks: int) -> dict[str, Any]:
     roles = ["factorial"] * min(8, n_arms // 2 + 1)
     roles += ["baseline" if place < 12 else "control" for place in range(len(roles), n_arms)]
     names = ["kd", *(f"{role}_{'long_' * (place % 3)}{place}" for place, role in enumerate(roles) if place)]
-    arms = [{"name": name, "role": role} for name, role in zip(names, roles, strict=True)]
+    on = {"curriculum": "soft κ=-0.8", "temperature": "c=0.5"}
+    arms = [
+        {"name": name, "role": role} | {key: on[key] if place > shift else "" for shift, key in enumerate(on)}
+        for place, (name, role) in enumerate(zip(names, roles, strict=True))
+    ]
     scores, table, effects, curves = [], [], [], []
     for task in range(n_tasks):
         key = {"task": f"entkd_some_task_{task}", "metric": "acc" if task % 2 else "bits_per_byte"}
@@ -69,7 +74,9 @@ def study_of(n_arms: int, n_seeds: int, n_tasks: int) -> dict[str, Any]:
             cells = {"estimate": estimate, "low": estimate - 0.01, "high": estimate + 0.01, "claim": "not shown"}
             effects.append(key | {"effect": effect, "family": family} | cells)
     for name in names:
-        table.append({"arm": name, "task": "gap_closed", "mean": rng.random(), "low": 0.1, "high": 0.9})
+        table.append(
+            {"arm": name, "task": "gap_closed", "metric": "ratio", "mean": rng.random(), "low": 0.1, "high": 0.9}
+        )
         for decile in range(1, 11):
             row = {
                 "arm": name,
@@ -111,7 +118,7 @@ def draw(parts: dict[str, Any], name: str) -> Figure:
             "tasks": lambda: draw_tasks(study),
             "curves": lambda: draw_curves(study, parts["curves"], parts["runs"]),
             "effects": lambda: draw_effects(study, parts["effects"]),
-            "entropy": lambda: draw_entropy(study, parts["entropy"], {}),
+            "entropy": lambda: draw_entropy(study, parts["entropy"], parts.get("method", METHOD)),
             "cost": lambda: draw_cost(study, parts["runs"]),
         }[name]()
 
@@ -199,6 +206,48 @@ def test_forest_shows_the_tables_differences_and_fills_claims() -> None:
         assert ax.xaxis_inverted() == (task == 0)  # bits per byte: lower is better, and better is to the right
 
 
+def test_forest_fills_half_where_a_claims_interval_holds_zero() -> None:
+    parts = study_of(12, 3, 5)
+    table = parts["table"].copy()
+    claimed = table["claim"] == "better"
+    for end, sign in (("low", -0.5), ("high", 0.5)):  # those of claims leave 0 out
+        table.loc[claimed, end] = table["delta"] + sign * table["delta"].abs()
+    usual = draw(parts | {"table": table}, "forest")
+    first = table.index[claimed & (table["task"] == "entkd_some_task_0")][0]
+    table.loc[first, ["delta", "low", "high"]] = [0.01, -0.02, 0.04]
+    figure = draw(parts | {"table": table}, "forest")
+    ax = panel(figure, "some task 0")
+    styles = {line.get_xdata()[0]: line.get_fillstyle() for line in ax.lines if line.get_marker() in "os^"}
+    assert styles.pop(0.01) == "left"
+    assert set(styles.values()) == {"full"}
+    half = "claimed for these items only"
+    assert half in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert half not in [text.get_text() for text in usual.legends[0].get_texts()]
+
+
+def test_entropy_figure_says_whose_settings_it_draws() -> None:
+    parts = study_of(12, 3, 5)
+    figure = draw(parts, "entropy")
+    curriculum, tau = panel(figure, "c  curriculum"), panel(figure, "d  temperature")
+    names = [arm["name"] for arm in parts["settings"]["arms"]]
+    assert curriculum.get_legend().get_title().get_text() == f"arm {names[1]}"
+    assert tau.get_legend().get_title().get_text() == f"arm {names[2]}"
+    easy = next(line for line in curriculum.lines if line.get_label() == "d = 0.05")
+    assert easy.get_ydata()[0] == pytest.approx(1 - 0.8 * 0.9)  # 1 + κ(2u − 1)(2d − 1) at u = 0
+
+    without = parts | {"method": {"curriculum": {}}}
+    ax = panel(draw(without, "entropy"), "d  temperature")
+    assert not ax.lines
+    assert [text.get_text() for text in ax.texts] == ["no arm has\nthis component"]
+
+
+def test_legend_names_roles_as_the_table_does() -> None:
+    parts = study_of(12, 3, 5)
+    for name in ("forest", "tasks", "cost"):
+        labels = [text.get_text() for text in draw(parts, name).legends[0].get_texts()]
+        assert {"factorial", "baseline"} < set(labels)
+
+
 def test_dots_are_the_scores_and_the_far_untrained_student_is_written() -> None:
     parts = study_of(12, 3, 5)
     ax = panel(draw(parts, "tasks"), "some task 0")
@@ -240,6 +289,18 @@ def test_cost_falls_back_to_the_first_task_where_no_gap_is_stated() -> None:
     assert "bits per byte" in ax.get_ylabel()
     first = table[table["task"] == "entkd_some_task_0"]
     assert {line.get_ydata()[0] for line in ax.lines} == set(first["mean"])
+
+
+def test_cost_of_several_suites_shows_the_first() -> None:
+    parts = study_of(12, 3, 5)
+    suites = {"gap_closed": "first/gap_closed"}
+    first = parts["table"].replace({"task": suites})
+    other = first[first["task"] == "first/gap_closed"].assign(task="second/gap_closed", mean=7.0)
+    parts = parts | {"table": pd.concat([first, other])}
+    ax = draw(parts, "cost").axes[0]
+    assert ax.get_ylabel() == "share of the untrained–teacher\ngap closed (first) →"
+    assert max(line.get_ydata()[0] for line in ax.lines) <= 1
+    assert len([ax for ax in draw(parts, "tasks").axes if ax.get_visible()]) == 5
 
 
 @pytest.mark.parametrize(

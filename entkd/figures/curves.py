@@ -19,7 +19,7 @@ LINES = 8
 def draw_curves(study: Study, frame: pd.DataFrame, runs: pd.DataFrame | None) -> Figure:
     """A row of panels for each role (at most eight arms each); the reference is in every row.
 
-    The horizontal axis is trained positions where ``runs`` tells them, else optimizer steps.
+    The horizontal axis is trained response tokens where ``runs`` tells them, else optimizer steps.
     """
     groups = _groups(study)
     positions = None if runs is None else (runs["positions"] / runs["steps"]).groupby(runs["arm"]).mean() / 1000
@@ -38,7 +38,7 @@ def draw_curves(study: Study, frame: pd.DataFrame, runs: pd.DataFrame | None) ->
         handles, labels = right.get_legend_handles_labels()
         right.legend(handles, labels, loc="center left", bbox_to_anchor=(1.02, 0.5))
     for ax in axes[-1]:
-        ax.set_xlabel("optimizer step" if positions is None else "trained positions (thousands)")
+        ax.set_xlabel("optimizer step" if positions is None else "trained response tokens (thousands)")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 

@@ -23,7 +23,10 @@ DIFFICULTIES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def draw_entropy(study: Study, histograms: pd.DataFrame, method: Mapping[str, Any]) -> Figure:
-    """Histograms of H and d, curriculum weight and temperature, and KL to the teacher by decile of its entropy."""
+    """Histograms of H and d, curriculum weight and temperature, and KL to the teacher by decile of its entropy.
+
+    ``method`` holds the curriculum and the temperature of the first arm that has one; without, its panel says so.
+    """
     deciles = _deciles(study)
     heights = (2.3,) if deciles is None else (2.3, max(1.7, 0.13 * len(deciles) + 0.6))
     figure = Figure(figsize=(TEXT_WIDTH, sum(heights)), layout="constrained")
@@ -32,8 +35,16 @@ def draw_entropy(study: Study, histograms: pd.DataFrame, method: Mapping[str, An
     _histogram(axes[0], histograms, "entropy", "teacher entropy H (nats)")
     axes[0].set_ylabel("density of tokens")
     _histogram(axes[1], histograms, "difficulty", "difficulty d")
-    _weights(axes[2], Curriculum.model_validate(method.get("curriculum") or {}))
-    _temperatures(axes[3], Temperature.model_validate(method.get("temperature") or {}))
+    if method.get("curriculum") is not None:
+        _weights(axes[2], Curriculum.model_validate(method["curriculum"]), f"arm {study.first_with['curriculum']}")
+    else:
+        _say_absent(axes[2])
+    if method.get("temperature") is not None:
+        _temperatures(
+            axes[3], Temperature.model_validate(method["temperature"]), f"arm {study.first_with['temperature']}"
+        )
+    else:
+        _say_absent(axes[3])
     if deciles is not None:
         axes += list(parts[1].subplots(1, 2))
         _decile_lines(axes[4], deciles, study)
@@ -81,7 +92,12 @@ def _histogram(ax: Axes, frame: pd.DataFrame, quantity: str, label: str) -> None
     few_ticks(ax)
 
 
-def _weights(ax: Axes, settings: Curriculum) -> None:
+def _say_absent(ax: Axes) -> None:
+    ax.set_axis_off()
+    ax.text(0.5, 0.5, "no arm has\nthis component", transform=ax.transAxes, ha="center", va="center", color=GREY)
+
+
+def _weights(ax: Axes, settings: Curriculum, owner: str) -> None:
     """w over progress for five difficulties."""
     u = np.linspace(0, 1, 201)
     for place, d in enumerate(DIFFICULTIES):
@@ -94,10 +110,10 @@ def _weights(ax: Axes, settings: Curriculum) -> None:
     ax.set_xticks((0, 0.5, 1))
     ax.set_xlabel("progress u")
     ax.set_ylabel("weight w")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=2, handlelength=1, columnspacing=0.7)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), ncols=2, handlelength=1, columnspacing=0.7, title=owner)
 
 
-def _temperatures(ax: Axes, settings: Temperature) -> None:
+def _temperatures(ax: Axes, settings: Temperature, owner: str) -> None:
     """T over difficulty, and the scale of the token's loss that goes with it."""
     d = np.linspace(0, 1, 101)
     t = temperature(d, settings)
@@ -108,7 +124,7 @@ def _temperatures(ax: Axes, settings: Temperature) -> None:
     ax.set_xlim(0, 1)
     ax.set_xticks((0, 0.5, 1))
     ax.set_xlabel("difficulty d")
-    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), handlelength=1.5)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.45, -0.3), handlelength=1.5, title=owner)
 
 
 def _deciles(study: Study) -> pd.DataFrame | None:

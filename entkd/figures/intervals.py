@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,8 @@ from entkd.figures.style import (
     number,
 )
 
+CLAIMS = ("better", "worse")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -42,7 +45,11 @@ class Row:
 
 
 def draw_forest(study: Study) -> Figure:
-    """Difference of every arm to the reference, per task, with its 95 % interval."""
+    """Difference of every arm to the reference, per task, with its 95 % interval.
+
+    The claim of a declared contrast of the factorial is about other seeds on the same items, the interval in its row
+    about other items as well. Where that interval holds 0 the marker is half filled.
+    """
     rows = [Row(arm.name, arm.name, arm.role, arm.colour, arm.marker) for arm in study.arms if arm.role != "reference"]
     frame = study.table.rename(columns={"delta": "estimate"})
     figure = _interval_panels(study, frame, "arm", rows, "Δ {unit}")
@@ -51,7 +58,10 @@ def draw_forest(study: Study) -> Figure:
     handles = [
         Line2D([], [], color=arm.colour, marker=arm.marker, linestyle="-", label=ROLE_LABEL[arm.role]) for arm in roles
     ]
-    _legend(figure, handles + _claim_handles(study))
+    handles += _claim_handles(study)
+    if (frame["claim"].isin(CLAIMS) & (frame["low"] < 0) & (frame["high"] > 0)).any():
+        handles.append(_marker("claimed for these items only", fillstyle="left", markerfacecoloralt="white"))
+    _legend(figure, handles)
     return figure
 
 
@@ -91,14 +101,15 @@ def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:
 
 def _claim_handles(study: Study) -> list[Line2D]:
     labels = {BLACK: f"claimed (Holm p < {study.alpha:g})", "white": "difference not shown"}
-    return [
-        Line2D([], [], color=BLACK, marker="o", linestyle="", markerfacecolor=face, label=label)
-        for face, label in labels.items()
-    ]
+    return [_marker(label, markerfacecolor=face) for face, label in labels.items()]
+
+
+def _marker(label: str, **style: Any) -> Line2D:
+    return Line2D([], [], color=BLACK, marker="o", linestyle="", label=label, **style)
 
 
 def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
-    columns = len(handles) if figure.get_figwidth() > COLUMN_WIDTH + 1 else 2
+    columns = -(-len(handles) // (1 + (len(handles) > 5))) if figure.get_figwidth() > COLUMN_WIDTH + 1 else 2
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
 
 
@@ -130,7 +141,7 @@ def _label_panel(ax: Axes, task: Task, label: str) -> None:
 
 
 def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row]) -> None:
-    """The intervals of one panel. A claim is a filled marker."""
+    """The intervals of one panel. A claim is a filled marker, half filled where its interval holds 0."""
     limit = _limit(values, [row.key for row in rows])
     ax.set_xlim(-limit, limit)
     ax.axvline(0, color=BLACK, linewidth=0.7, zorder=1)
@@ -147,8 +158,19 @@ def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row]) -> None:
             continue
         if not np.isnan(low):
             ax.plot([low, high], [y, y], color=row.colour, linewidth=1.1, zorder=2)
-        face = row.colour if values.at[row.key, "claim"] in ("better", "worse") else "white"
-        ax.plot(estimate, y, row.marker, color=row.colour, markerfacecolor=face, markeredgewidth=0.9, zorder=3)
+        face = row.colour if values.at[row.key, "claim"] in CLAIMS else "white"
+        fill: Literal["left", "full"] = "left" if face != "white" and low < 0 < high else "full"
+        ax.plot(
+            estimate,
+            y,
+            row.marker,
+            color=row.colour,
+            markerfacecolor=face,
+            markerfacecoloralt="white",
+            fillstyle=fill,
+            markeredgewidth=0.9,
+            zorder=3,
+        )
 
 
 def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -> None:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from entkd.names import COMPONENTS, GAP_CLOSED
+
 STYLE: Final = Path(__file__).parent.parent / "entkd.mplstyle"
 TEXT_WIDTH: Final = 7.0
 """Inches; the text block of a paper."""
@@ -33,8 +35,8 @@ DASHES: Final[tuple[Any, ...]] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1,
 ROLE_COLOUR: Final = {"reference": BLACK, "factorial": BLUE, "baseline": VERMILLION, "control": GREEN}
 ROLE_MARKER: Final = {"reference": "D", "factorial": "o", "baseline": "s", "control": "^"}
 ROLE_LABEL: Final = {
-    "reference": "reference",
-    "factorial": "component design",
+    "reference": "reference arm",
+    "factorial": "factorial",
     "baseline": "baseline",
     "control": "control",
 }
@@ -102,7 +104,10 @@ class Task:
 
 
 class Study:
-    """What is drawn: arms in the order of their roles, tasks in the order of the table, and the two frames."""
+    """What is drawn: arms in the order of their roles, tasks in the order of the table, and the two frames.
+
+    ``first_with`` names the first arm of the settings that has a component, or None.
+    """
 
     def __init__(self, settings: Mapping[str, Any], scores: pd.DataFrame, table: pd.DataFrame) -> None:
         self.reference = str(settings["analysis"]["reference"])
@@ -114,12 +119,16 @@ class Study:
         written = [
             Arm(arm["name"], "reference" if arm["name"] == self.reference else arm["role"]) for arm in settings["arms"]
         ]
+        self.first_with = {
+            component: next((str(arm["name"]) for arm in settings["arms"] if arm.get(component)), None)
+            for component in COMPONENTS
+        }
         self.arms = tuple(arm for role in ROLE_COLOUR for arm in written if arm.role == role)
 
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
-        """Every task and metric of the table except the summary over the suite."""
-        rows = self.table[self.table["task"] != "gap_closed"]
+        """Every task and metric of the table except the summaries over a suite."""
+        rows = self.table[~self.table["task"].str.endswith(GAP_CLOSED)]
         keys = rows[["task", "metric", "direction"]].drop_duplicates()
         return tuple(Task(*(str(value) for value in key)) for key in keys.itertuples(index=False, name=None))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from entkd.names import COMPONENTS, FIDELITY
+from entkd.names import COMPONENTS, FIDELITY, GAP_CLOSED
 from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
 from entkd.tables.effects import PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured
@@ -18,8 +18,6 @@ COLUMNS = [
     "arm", "role", *COMPONENTS, "divergence", "task", "metric", "direction", "n", "mean", "sd", "delta", "low", "high",
     "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
 ]  # fmt: skip
-GAP_CLOSED = "gap_closed"
-"""Task of the rows that sum over a suite; with the suite in front where there are several."""
 
 
 def arm_table(

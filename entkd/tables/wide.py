@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from entkd.names import COMPONENTS
+from entkd.names import COMPONENTS, GAP_CLOSED
 from entkd.stats import LEVEL, factorial_of
-from entkd.tables.arms import COSTS, GAP_CLOSED
+from entkd.tables.arms import COSTS
 from entkd.tables.effects import EXPLORATORY, PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS
 
@@ -56,7 +56,7 @@ def _arm_cells(table: pd.DataFrame) -> pd.DataFrame:
             row["", component] = "✓" if first[component] and first[component] == label else first[component]
         row["", "divergence"] = first["divergence"]
         for _, line in own.iterrows():
-            if line["metric"] == "ratio":
+            if line["task"].endswith(GAP_CLOSED):
                 row["", _gap_heading(line["task"])] = _number(line["mean"], 2) + _interval(line, 2)
                 continue
             digits, group = decimals[line["task"], line["metric"]], _heading(line)
@@ -178,7 +178,7 @@ def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]
             f"{OTHER_ITEMS} claimed by the declared contrast, for other seeds on these items; the interval shown is "
             "for other items as well, and holds 0: on other items a difference is not shown."
         )
-    if table.loc[table["metric"] == "ratio", "mean"].notna().any():
+    if table.loc[table["task"].str.endswith(GAP_CLOSED), "mean"].notna().any():
         notes.append(
             "gap closed is the sum over a suite's tasks of arm − untrained, each divided by its declared scale, over "
             f"that of teacher − untrained, with Fieller's {_percent(LEVEL)} interval over seeds; fidelity, and tasks "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from entkd.config.errors import ConfigError, problems_of
 from entkd.config.experiment import Experiment
-from entkd.config.stages import JsonData
+from entkd.config.local import local_problems
 
 
 class _Loader(yaml.SafeLoader):
@@ -77,9 +77,9 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
         experiment = Experiment.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(problems_of(error, Experiment), source) from None
-    missing = list(_missing_files(experiment))
-    if missing:
-        raise ConfigError(missing, source)
+    problems = list(local_problems(experiment))
+    if problems:
+        raise ConfigError(problems, source)
     return experiment
 
 
@@ -96,17 +96,3 @@ def _merge(settings: Any, overrides: Any) -> Any:
     if not isinstance(settings, Mapping) or not isinstance(overrides, Mapping):
         return overrides
     return {**settings, **{key: _merge(settings.get(key), value) for key, value in overrides.items()}}
-
-
-def _missing_files(experiment: Experiment) -> Iterator[str]:
-    """Problems of the local files and folders that the experiment names."""
-    if isinstance(experiment.data, JsonData):
-        for split, file in experiment.data.files.items():
-            if not file.is_file():
-                yield f"data.files.{split}: no file `{file}` (working directory {Path.cwd()})"
-    for key, folder in (("teacher.path", experiment.teacher.path), ("student.path", experiment.student.path)):
-        if folder is not None and not (folder / "config.json").is_file():
-            yield f"{key}: `{folder}` is not a model folder: it has no config.json (working directory {Path.cwd()})"
-    for name, suite in experiment.suites.items():
-        if suite.include_path is not None and not suite.include_path.is_dir():
-            yield f"suites.{name}.include_path: no folder `{suite.include_path}` (working directory {Path.cwd()})"

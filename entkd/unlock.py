@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 120.0
 """Time that an orphaned job gets to write its resume state."""
 
 
-def unlock(snakemake_arguments: Sequence[str] = ()) -> None:
+def unlock() -> None:
     """Remove the lock of this folder if no Snakemake runs here, after ending the jobs that a dead one left behind.
 
     Such a job would write into the outputs that the next Snakemake makes anew. It is asked to stop (SIGTERM), writes
@@ -41,7 +41,10 @@ def unlock(snakemake_arguments: Sequence[str] = ()) -> None:
     _, stuck = psutil.wait_procs(orphans, timeout=PATIENCE_SECONDS)
     if stuck:
         raise UserError(f"{here}: job {stuck[0].pid} of a killed Snakemake does not end; stop it with kill -9")
-    subprocess.run([sys.executable, "-m", "snakemake", "--unlock", *snakemake_arguments], check=True)
+    # A workflow without rules: the lock is the folder's, whatever the experiment and the profile are, and whether they
+    # can be read or not.
+    none = ("--profile", "none", "--workflow-profile", "none", "--cores", "1", "--quiet")
+    subprocess.run([sys.executable, "-m", "snakemake", "--unlock", "--snakefile", os.devnull, *none], check=True)
 
 
 def _processes_in(folder: Path) -> Iterator[psutil.Process]:

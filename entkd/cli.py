@@ -62,7 +62,8 @@ def _prepare_teacher(args: argparse.Namespace) -> None:
 def _finetune_teacher(args: argparse.Namespace) -> None:
     from entkd.distill import finetune_teacher
 
-    finetune_teacher(_parse(args.settings, config.Training), args.teacher, args.data, args.output)
+    training = _parse(args.settings, config.Training)
+    finetune_teacher(training, args.teacher, args.data, args.output, args.save_minutes, args.log_every)
 
 
 def _prepare_data(args: argparse.Namespace) -> None:
@@ -101,7 +102,8 @@ def _distill(args: argparse.Namespace) -> None:
     from entkd.distill import distill
 
     arm = _parse(args.settings, ArmSettings)
-    distill(arm.method, arm.training, args.seed, args.student, args.data, args.signals, args.output)
+    inputs = (args.student, args.data, args.signals)
+    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -109,7 +111,7 @@ def _score(args: argparse.Namespace) -> None:
 
     suite = _parse(args.settings, config.Suite)
     where = (args.model, args.data, args.signals, args.output, args.items)
-    score(suite, *where, arm=args.arm, seed=args.seed, suite_name=args.suite)
+    score(suite, *where, arm=args.arm, seed=args.seed, suite_name=args.suite, memory_gib=args.memory_gib)
 
 
 def _collect_scores(args: argparse.Namespace) -> None:
@@ -154,7 +156,7 @@ def _config_docs(args: argparse.Namespace) -> None:
 def _unlock(args: argparse.Namespace) -> None:
     from entkd.unlock import unlock
 
-    unlock(args.snakemake)
+    unlock()
 
 
 def _folder(text: str) -> Path:
@@ -176,7 +178,6 @@ HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
     "--seed": (int, "random seed"),
     "--arm": (str, "arm that the rows belong to"),
     "--suite": (str, "suite that the rows belong to"),
-    "--sample": (int, "number of documents to recompute (default 16)"),
     "--scores": (Path, "scores.csv"),
     "--table": (Path, "ablation_table.csv"),
     "--runs": (Path, "runs.csv: costs of the runs"),
@@ -188,12 +189,23 @@ HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
     "--latex": (Path, "the table for papers, as LaTeX"),
     "--output": (Path, "what is written"),
 }
+DEFAULTS: dict[str, tuple[Any, str]] = {
+    "--sample": (16, "number of documents to recompute"),
+    "--save-minutes": (5.0, "minutes between two resume checkpoints"),
+    "--log-every": (10, "steps between two looks at the loss on the device"),
+    "--memory-gib": (2.0, "memory from which the batch size follows"),
+}
+"""Options with a value of their own when they are left out."""
 
 Stage = tuple[Callable[[argparse.Namespace], "int | None"], str, str]
 """Function, help, arguments; one that ends in `?` may be left out or have no value."""
 STAGES: dict[str, Stage] = {
     "prepare-teacher": (_prepare_teacher, "import a teacher", "--settings --output"),
-    "finetune-teacher": (_finetune_teacher, "fine-tune a teacher", "--settings --teacher --data --output"),
+    "finetune-teacher": (
+        _finetune_teacher,
+        "fine-tune a teacher",
+        "--settings --teacher --data --output --save-minutes --log-every",
+    ),
     "prepare-data": (_prepare_data, "read or generate text and tokenise it", "--settings --teacher --output"),
     "seqkd-data": (_seqkd_data, "greedy teacher responses to the prompts", "--settings --teacher --data --output"),
     "signals": (
@@ -204,14 +216,18 @@ STAGES: dict[str, Stage] = {
     "signals-verify": (
         _signals_verify,
         "recompute a sample of stored signals; exit status 1 where they are damaged",
-        "--signals --teacher --data --sample?",
+        "--signals --teacher --data --sample",
     ),
     "init-student": (_init_student, "make the untrained student", "--settings --teacher --seed --output"),
-    "distill": (_distill, "train one student", "--settings --seed --student --data --signals? --output"),
+    "distill": (
+        _distill,
+        "train one student",
+        "--settings --seed --student --data --signals? --output --save-minutes --log-every",
+    ),
     "score": (
         _score,
         "score one model on a suite",
-        "--settings --model --data --signals? --arm --seed --suite --output --items",
+        "--settings --model --data --signals? --arm --seed --suite --output --items --memory-gib",
     ),
     "collect-scores": (_collect_scores, "all scores in one file", "--output --items files"),
     "collect-runs": (_collect_runs, "costs and learning curves of all runs", "--output --curves folders"),
@@ -227,7 +243,7 @@ STAGES: dict[str, Stage] = {
     ),
     "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
     "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),
-    "unlock": (_unlock, "free a folder whose Snakemake was killed", "snakemake"),
+    "unlock": (_unlock, "free a folder whose Snakemake was killed", ""),
 }
 
 
@@ -247,10 +263,9 @@ def parser() -> argparse.ArgumentParser:
                 stage.add_argument("folders", nargs="+", type=_folder, help="folders of runs, or their run.json")
             elif option == "experiment":
                 stage.add_argument("experiment", nargs="?", default="config/config.yaml", help="file (%(default)s)")
-            elif option == "snakemake":
-                stage.add_argument("snakemake", nargs=argparse.REMAINDER, help="further arguments for Snakemake")
-            elif option == "--sample":
-                stage.add_argument(option, type=int, default=16, help=HELP[option][1])
+            elif option in DEFAULTS:
+                value, text = DEFAULTS[option]
+                stage.add_argument(option, type=type(value), default=value, help=f"{text} (default %(default)s)")
             elif argument.endswith("?"):
                 stage.add_argument(option, nargs="?", type=HELP[option][0], help=HELP[option][1])
             else:

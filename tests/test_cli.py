@@ -25,7 +25,7 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
     for rules in (ROOT / "workflow/rules").rglob("*.smk"):
         for block in re.findall(r"shell:\n((?:\s+\".*\"\n?)+)", rules.read_text()):
             text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
-            words = re.sub(r"\{wildcards\.seed\}", "1", text).split()
+            words = re.sub(r"\{(wildcards\.seed|SAVE_MINUTES|LOG_EVERY|SCORING_GIB)\}", "1", text).split()
             stage = vars(cli.parser().parse_args(words[1:]))["stage"]
             assert words[0] == "entkd"
             commands.add(stage)
@@ -115,8 +115,10 @@ def test_stage_functions_take_what_the_command_line_gives() -> None:
         prepare: ["settings", "teacher", "output"],
         prepare_seqkd: ["teacher", "data", "output", "max_response_tokens", "batch"],
         init_student: ["settings", "teacher", "output", "seed"],
-        distill: ["method", "training", "seed", "student", "data", "signals", "output"],
-        finetune_teacher: ["training", "teacher", "data", "output"],
+        distill: [
+            "method", "training", "seed", "student", "data", "signals", "output", "save_minutes", "log_every",
+        ],
+        finetune_teacher: ["training", "teacher", "data", "output", "save_minutes", "log_every"],
     }
     for function, names in expected.items():
         assert list(inspect.signature(function).parameters)[: len(names)] == names

@@ -24,8 +24,8 @@ CHANGES = {
     "seeds": [0],
     "training": {
         "steps": 150, "block": 128, "blocks_per_step": 2, "micro_blocks": 1, "eval_every": 50, "precision": "fp32",
-        "save_minutes": 0.01,
     },
+    "runtime": {"threads": 1, "memory_gib": 0.5, "gpus": 0, "save_minutes": 0.01},
 }  # fmt: skip
 
 

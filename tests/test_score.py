@@ -197,16 +197,16 @@ def test_ratio_items_by_hand():
 
 
 def suite(*tasks, **changes) -> Suite:
-    named = [dict(zip(("name", "metric", "direction"), task, strict=True)) for task in tasks]
+    named = [dict(zip(("name", "metric"), task, strict=True)) for task in tasks]
     return Suite.model_validate(
         {"tasks": named, "fidelity": False, "max_generated_tokens": 5, "precision": "fp32"} | changes
     )
 
 
 DEMO = (
-    ("entkd_heldout", "bits_per_byte", "lower"),
-    ("entkd_rouge", "rougeL", "higher"),
-    ("entkd_minimal_pairs", "acc", "higher"),
+    ("entkd_heldout", "bits_per_byte"),
+    ("entkd_rouge", "rougeL"),
+    ("entkd_minimal_pairs", "acc"),
 )
 
 
@@ -298,7 +298,7 @@ def folder_of_tasks(tmp_path):
 
 def test_a_folder_of_the_users_tasks(folder_of_tasks, tiny_teacher, tiny_corpus, tmp_path):
     files = tmp_path / "out" / "x.csv", tmp_path / "out" / "x.items.parquet"
-    tasks = [("my_group", "acc", "higher"), ("my_choice", "acc", "higher"), ("my_choice", "f1", "higher")]
+    tasks = [("my_group", "acc"), ("my_choice", "acc"), ("my_choice", "f1")]
     asked = suite(*tasks, include_path=str(folder_of_tasks), limit=5)
     score(asked, tiny_teacher, tiny_corpus, None, *files, arm="kd", seed=0, suite_name="mine")
     scores, items = pd.read_csv(files[0]), pd.read_parquet(files[1])
@@ -324,7 +324,7 @@ def test_a_folder_of_the_users_tasks(folder_of_tasks, tiny_teacher, tiny_corpus,
 )
 def test_unknown_metrics_are_refused(tiny_corpus, task, metric, message):
     with pytest.raises(UserError, match=message):
-        load_tasks(suite((task, metric, "higher")), tiny_corpus)
+        load_tasks(suite((task, metric)), tiny_corpus)
 
 
 def test_unknown_tasks_are_refused_with_the_nearest(tiny_corpus, monkeypatch):
@@ -334,7 +334,7 @@ def test_unknown_tasks_are_refused_with_the_nearest(tiny_corpus, monkeypatch):
     without_defaults = lambda include_defaults, **options: real(include_defaults=False, **options)  # noqa: E731
     monkeypatch.setattr(tasks, "TaskManager", without_defaults)  # lm-eval's own 14,000 take half a minute to index
     with pytest.raises(UserError, match="unknown task `entkd_heldut`; did you mean `entkd_heldout`"):
-        load_tasks(suite(("entkd_heldut", "acc", "higher")), tiny_corpus)
+        load_tasks(suite(("entkd_heldut", "acc")), tiny_corpus)
 
 
 def test_data_that_cannot_be_fetched_are_named(tiny_corpus, monkeypatch):

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from entkd.config.arms import Arm
 from entkd.config.experiment import Experiment
+from entkd.config.method import Method
 
 INTRODUCTION = """# Settings of an experiment
 
@@ -32,7 +34,7 @@ def schema_text() -> str:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     properties = {key: value for key, value in schema["$defs"]["Arm"]["properties"].items() if key != "patch"}
     for key in schema["$defs"]["Method"]["properties"]:
-        properties[key] = {"description": f"Change of `method.{key}`; null removes it."}
+        properties[key] = {"description": _patch_text(key)}
     schema["$defs"]["Arm"] |= {"properties": properties, "type": ["object", "null"]}
     return json.dumps(schema, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -44,10 +46,14 @@ def readme_text() -> str:
         title = f"## `{path}`" if path else "## Top level"
         lines = [title, "", " ".join((model.__doc__ or "").split()), "", "| key | type | default | meaning |"]
         lines.append("|---|---|---|---|")
-        for name, field in model.model_fields.items():
-            description = " ".join((field.description or "").split())
-            cells = (f"`{name}`", _type(field), _default(field), description)
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows = [
+            (f"`{name}`", _type(field), _default(field), " ".join((field.description or "").split()))
+            for name, field in model.model_fields.items()
+            if model is not Arm or name != "patch"
+        ]
+        if model is Arm:  # its patch is written as keys beside the others
+            rows += [(f"`{key}`", _type(field), "as in `method`", _patch_text(key)) for key, field in Method.model_fields.items()]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)
 
@@ -56,6 +62,10 @@ def write_docs(output: Path) -> None:
     """Write ``schema.json`` and ``README.md`` into the folder ``output``."""
     (output / "schema.json").write_text(schema_text(), encoding="utf-8")
     (output / "README.md").write_text(readme_text(), encoding="utf-8")
+
+
+def _patch_text(key: str) -> str:
+    return f"Change of `method.{key}`; null removes it."
 
 
 def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -14,7 +14,7 @@ from entkd.config.arms import Arm, ResolvedArm, resolve_arms
 from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
-from entkd.config.stages import Analysis, Data, Signals, Slug, Student, Suite, Teacher, Training
+from entkd.config.stages import Analysis, Data, ReportedSuite, Signals, Slug, Student, Teacher, Training
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
 
@@ -34,6 +34,12 @@ class Runtime(Settings):
     machine that submits the jobs often has none."""
     cache: Path = Path("cache")
     """Folder of the content-addressed teacher signals, shared by experiments."""
+    scoring_gib: float = Field(2.0, gt=0)
+    """Memory from which the batch size of scoring follows."""
+    save_minutes: float = Field(5.0, gt=0)
+    """Minutes of training between two resume checkpoints."""
+    log_every: int = Field(10, ge=1)
+    """Training steps between two looks at the loss on the device, which cost a wait there."""
 
 
 class Experiment(Settings):
@@ -57,9 +63,9 @@ class Experiment(Settings):
     """Name → JSON Merge Patch (RFC 7396) on `method`."""
     sweeps: dict[Slug, dict[str, list[Any]]] = {}
     """Arm name → {dotted method key: values}; expands to ordinary arms `{arm}.{key}={value}`."""
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     """Random seeds; every arm is trained once with each."""
-    suites: dict[Slug, Suite] = Field(min_length=1)
+    suites: dict[Slug, ReportedSuite] = Field(min_length=1)
     """What students are scored on."""
     analysis: Analysis = Analysis()
     """How scores become claims."""
@@ -73,15 +79,22 @@ class Experiment(Settings):
             problems.append(f"name: `{self.name}` is a folder of the demo's results; choose another")
         if len(set(self.seeds)) != len(self.seeds):
             problems.append(f"seeds: {list(self.seeds)} repeat themselves")
-        if self.data.max_tokens > self.training.block:
-            problems.append(
-                f"data.max_tokens: {self.data.max_tokens} is more than training.block {self.training.block}, and a "
-                "document must fit into a block"
-            )
+        runs = {"training": self.training, "teacher.finetune": self.teacher.finetune}
+        for path, training in runs.items():
+            if training is not None and self.data.max_tokens > training.block:
+                problems.append(
+                    f"data.max_tokens: {self.data.max_tokens} is more than {path}.block {training.block}, and a "
+                    "document must fit into a block"
+                )
         resolved = self.resolved_arms  # raises what is wrong with an arm
         if self.analysis.reference not in resolved:
             problems.append(unknown_name("analysis.reference", self.analysis.reference, resolved))
         problems += [problem for arm in resolved.values() for problem in self._lacking_signals(arm)]
+        for name, suite in self.suites.items():
+            named = [(task.name, task.metric) for task in suite.tasks]
+            twice = next((pair for pair in named if named.count(pair) > 1), None)
+            if twice is not None:
+                problems.append(f"suites.{name}.tasks: {twice[0]} with metric {twice[1]} is there twice; remove one")
         try:
             lacking([arm.components for arm in resolved.values()])
         except UserError as error:  # two arms in one cell

@@ -12,7 +12,7 @@ from entkd.config.arms import ResolvedArm
 from entkd.config.base import Settings
 from entkd.config.experiment import Experiment
 from entkd.config.method import Curriculum, Features, Temperature
-from entkd.config.stages import Suite, SyntheticData
+from entkd.config.stages import ReportedSuite, Suite, SyntheticData, Task
 from entkd.names import FIDELITY
 
 FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))
@@ -48,11 +48,10 @@ def arm_settings(experiment: Experiment, arm: ResolvedArm) -> dict[str, Any]:
     return {"method": arm.trained_method, "training": experiment.training.model_dump(mode="json")}
 
 
-def suite_settings(suite: Suite) -> dict[str, Any]:
-    """For scoring; `min_gap` and `scale` are the table's business."""
-    settings = suite.model_dump(mode="json")
-    for task in settings["tasks"]:
-        del task["min_gap"], task["scale"]
+def suite_settings(suite: ReportedSuite) -> dict[str, Any]:
+    """For scoring; direction, `min_gap` and `scale` are the table's business."""
+    settings = suite.model_dump(mode="json", include=set(Suite.model_fields))
+    settings["tasks"] = [{key: task[key] for key in Task.model_fields} for task in settings["tasks"]]
     return settings
 
 

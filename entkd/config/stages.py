@@ -12,6 +12,8 @@ from entkd.config.base import Settings
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")]
 """A name that can be part of a path and of a rule's wildcard."""
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Training(Settings):
     """One training run: length, batch, optimizer, precision, checkpoints."""
@@ -32,7 +34,7 @@ class Training(Settings):
     """After warm-up: constant, or cosine to zero."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment decay rates."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay, on matrices only."""
@@ -46,10 +48,6 @@ class Training(Settings):
     """Steps between two evaluations on the dev split; the last step is always evaluated."""
     checkpoint: Literal["last", "best"] = "last"
     """Which weights become the student: the last, or those with the lowest dev NLL."""
-    save_minutes: float = Field(5.0, gt=0)
-    """Minutes between two resume checkpoints."""
-    log_every: int = Field(10, ge=1)
-    """Steps between two looks at the loss on the device, which cost a wait there. Never changes the objective."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
@@ -104,7 +102,7 @@ class _Data(Settings):
     """How prompt and response become text: the tokenizer's chat template, Alpaca's headings, or nothing added."""
     max_tokens: int = Field(512, ge=8)
     """Longest document in tokens. A longer response is cut and then has no EOS; a longer prompt drops the row."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of sampling and splitting."""
 
 
@@ -137,6 +135,16 @@ class SyntheticData(_Data):
     """Sequences generated at once."""
     near_duplicate: float = Field(0.7, gt=0, le=1)
     """Requests whose word 3-gram Jaccard similarity to an earlier one reaches this are dropped."""
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> SyntheticData:
+        if self.template != "chat":
+            raise ValueError(f"template {self.template}: synthetic data need `template: chat`")
+        for what in ("prompt", "response"):
+            least, most = getattr(self, f"min_{what}_tokens"), getattr(self, f"max_{what}_tokens")
+            if least > most:
+                raise ValueError(f"min_{what}_tokens {least} is more than max_{what}_tokens {most}, so nothing is left")
+        return self
 
 
 class _RowData(_Data):
@@ -224,7 +232,7 @@ class Student(Settings):
 
     init: Literal["layers", "local", "hub", "scratch"] = "layers"
     """Copy of chosen teacher layers, a model of its own, or random weights."""
-    layers: tuple[int, ...] = (0, 6, 12, 18, 24, 29)
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = (0, 6, 12, 18, 24, 29)
     """Teacher layers of `init: layers`, in order."""
     path: Path | None = None
     """Folder of a `local` student."""
@@ -249,12 +257,17 @@ class Student(Settings):
 
 
 class Task(Settings):
-    """One lm-eval task and the metric of it that the table shows."""
+    """One lm-eval task and the metric of it that is scored."""
 
     name: str
     """Task or group name, lm-eval's or ours."""
     metric: str
     """Metric as lm-eval names it, e.g. `acc`."""
+
+
+class ReportedTask(Task):
+    """One lm-eval task, the metric of it that the table shows, and how the table reads it."""
+
     direction: Literal["higher", "lower"]
     """Which way is better."""
     min_gap: float = Field(0.0, ge=0)
@@ -264,7 +277,7 @@ class Task(Settings):
 
 
 class Suite(Settings):
-    """What students are scored on."""
+    """What decides a score."""
 
     tasks: tuple[Task, ...] = Field(min_length=1)
     """Tasks of the suite, all scored in one process."""
@@ -274,8 +287,6 @@ class Suite(Settings):
     """Score only this many items of each task."""
     fidelity: bool = True
     """Also measure KL to the teacher and top-1 agreement on the test split."""
-    memory_gib: float = Field(2.0, gt=0)
-    """Memory from which the batch size follows."""
     max_generated_tokens: int = Field(64, ge=1)
     """Longest generated response of `entkd_rouge`."""
     apply_chat_template: bool = False
@@ -284,12 +295,19 @@ class Suite(Settings):
     """Precision of the scored model."""
 
 
+class ReportedSuite(Suite):
+    """What students are scored on."""
+
+    tasks: tuple[ReportedTask, ...] = Field(min_length=1)
+    """Tasks of the suite, all scored in one process."""
+
+
 class Analysis(Settings):
     """How scores become claims."""
 
     reference: str = "kd"
     """The arm that every other arm is compared with."""
     alpha: float = Field(0.05, gt=0, lt=1)
-    """Family-wise error rate of the claims."""
+    """Error rate of the claims, per family of tests."""
     power: float = Field(0.8, gt=0, lt=1)
     """Power at which the smallest detectable difference is stated."""

@@ -41,7 +41,15 @@ from entkd.provenance import device_name, git_sha, peak_gib, versions
 
 
 def distill(
-    method: Method, training: Training, seed: int, student: Path, data: Path, signals: Path | None, output: Path
+    method: Method,
+    training: Training,
+    seed: int,
+    student: Path,
+    data: Path,
+    signals: Path | None,
+    output: Path,
+    save_minutes: float = 5.0,
+    log_every: int = 10,
 ) -> None:
     """Train one student and write ``model/``, ``metrics.jsonl`` and ``run.json`` into ``output``.
 
@@ -59,6 +67,10 @@ def distill(
         Manifest of the teacher's signals; None for arms that train on the data alone.
     output
         Folder of the run. An interrupted run found here is continued.
+    save_minutes
+        Minutes between two resume checkpoints.
+    log_every
+        Steps between two looks at the loss on the device, which cost a wait there.
 
     Raises
     ------
@@ -76,16 +88,19 @@ def distill(
         if finished(output, identity):
             print(f"{output}: already complete, finished by an earlier process", file=sys.stderr, flush=True)
         else:
-            _train(method, training, seed, student, data, signals, output, resume, world, device, dtype, settings)
+            where = (student, data, signals, output, resume, world, device, dtype)
+            _train(method, training, seed, *where, settings, save_minutes, log_every)
         world.barrier()
         if world.leads:
             resume.remove()
 
 
-def finetune_teacher(training: Training, teacher: Path, data: Path, output: Path) -> None:
+def finetune_teacher(
+    training: Training, teacher: Path, data: Path, output: Path, save_minutes: float = 5.0, log_every: int = 10
+) -> None:
     """Fine-tune the teacher on the training responses (cross-entropy alone) and write it as a teacher folder."""
     imported = json.loads((teacher / "manifest.json").read_text(encoding="utf-8"))
-    distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output)
+    distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output, save_minutes, log_every)
     finetuned = {"sha256": model_sha256(output / "model"), "finetuned_from": imported["sha256"]}
     write_json(output / "manifest.json", imported | finetuned)
 
@@ -123,6 +138,8 @@ def _train(
     device: torch.device,
     dtype: torch.dtype,
     settings: dict[str, Any],
+    save_minutes: float,
+    log_every: int,
 ) -> None:
     started = datetime.now(UTC).isoformat(timespec="seconds")
     began = time.monotonic()
@@ -242,15 +259,15 @@ def _train(
                     best_nll, best_step = nll, step
                     if world.leads:
                         resume.save_best(student, step)
-            if step % training.log_every == 0 or step == len(steps):
+            if step % log_every == 0 or step == len(steps):
                 metrics.flush()
                 bar.advance(1, **metrics.latest("loss", "dev_nll"))
             else:
                 bar.advance()
             # Several processes agree by a collective, which costs a sync: they ask each other less often.
-            if step == len(steps) or (world.size > 1 and step % training.log_every):
+            if step == len(steps) or (world.size > 1 and step % log_every):
                 continue
-            due = time.monotonic() - saved_at > 60 * training.save_minutes
+            due = time.monotonic() - saved_at > 60 * save_minutes
             if world.any(due or request.save):
                 if world.leads:
                     save(step)

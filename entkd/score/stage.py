@@ -38,6 +38,7 @@ def score(
     arm: str,
     seed: int,
     suite_name: str,
+    memory_gib: float = 2.0,
 ) -> None:
     """Score a model on a suite and write its scores, and its values per item.
 
@@ -54,6 +55,8 @@ def score(
         groups, and task ``entkd_fidelity``.
     output_items
         Parquet: arm, seed, suite, task, metric, item, value; the mean over a task's items is its value.
+    memory_gib
+        Memory from which the batch size follows.
 
     Raises
     ------
@@ -65,7 +68,7 @@ def score(
         tasks = load_tasks(suite, data)
         loaded = load_model(model, resolve_dtype(suite.precision, device))
         torch.nn.Module.to(loaded, device)  # what Transformers wraps around this method hides its type
-        lm = LanguageModel(loaded, load_tokenizer(model), suite.memory_gib)
+        lm = LanguageModel(loaded, load_tokenizer(model), memory_gib)
         scores: list[dict[str, Any]] = []
         items: list[dict[str, Any]] = []
         # Chat templates are wrapped by the call, and ours carry their own.

@@ -27,7 +27,7 @@ from entkd.models import load_model
 
 FULL = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "temperature": {}, "features": {}})
 TRAINING = Training(
-    steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=2, log_every=4
+    steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=2
 )
 
 CHILD = """
@@ -59,7 +59,8 @@ if event in ("kill", "sigterm"):
 if event == "kill-in-write":
     torch.save = trap(torch.save, partial=True)
 method, training = Method.model_validate_json(method), Training.model_validate_json(training)
-distill(method, training, int(seed), Path(student), Path(data), Path(signals), Path(output))
+often = 1e-9 if event.startswith("kill") else 100.0  # a kill needs a state to continue from, SIGTERM makes its own
+distill(method, training, int(seed), Path(student), Path(data), Path(signals), Path(output), often, log_every=4)
 """
 
 
@@ -76,9 +77,10 @@ def run_child(
     )
 
 
-def run(tiny, output: Path, training: Training = TRAINING, method: Method = FULL, seed: int = 0) -> dict:
+def run(tiny, output: Path, training: Training = TRAINING, method: Method = FULL, log_every: int = 4) -> dict:
     torch.set_num_threads(1)
-    distill(method, training, seed, tiny.student, tiny.data, tiny.signals if method.needs_signals else None, output)
+    signals = tiny.signals if method.needs_signals else None
+    distill(method, training, 0, tiny.student, tiny.data, signals, output, log_every=log_every)
     return json.loads((output / "run.json").read_text(encoding="utf-8"))
 
 
@@ -121,7 +123,7 @@ def test_outputs_and_record(tiny, whole: Path) -> None:
 
 def test_same_seed_same_weights_and_logging_changes_nothing(tiny, whole: Path, tmp_path: Path) -> None:
     """Pitfall 22, and limit 11 for the accumulation: other log intervals, other micro-batches."""
-    record = run(tiny, tmp_path / "same", TRAINING.model_copy(update={"log_every": 1}))
+    record = run(tiny, tmp_path / "same", log_every=1)
     assert record["weights_sha256"] == json.loads((whole / "run.json").read_text(encoding="utf-8"))["weights_sha256"]
     run(tiny, tmp_path / "split", TRAINING.model_copy(update={"micro_blocks": 1}))
     for name, tensor in load_file(whole / "model" / "model.safetensors").items():
@@ -139,14 +141,13 @@ def test_arms_of_one_seed_see_the_same_batches(tiny, whole: Path, tmp_path: Path
 @pytest.mark.parametrize(("event", "count"), [("kill", 4), ("kill-in-write", 3), ("sigterm", 3)])
 def test_interrupted_run_ends_bit_for_bit_the_same(tiny, whole: Path, tmp_path: Path, event: str, count: int) -> None:
     """3 steps + kill −9 + 3 steps == 6 steps; a kill inside the checkpoint write; SIGTERM between two steps."""
-    training = TRAINING.model_copy(update={"save_minutes": 100.0 if event == "sigterm" else 1e-9})
-    child = run_child(tiny, tmp_path, training, event, count)
+    child = run_child(tiny, tmp_path, TRAINING, event, count)
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == (143 if event == "sigterm" else -signal.SIGKILL), stderr
     assert (tmp_path / "resume" / "state.pt").exists()
     assert not (tmp_path / "run.json").exists()
 
-    record = run(tiny, tmp_path, training)
+    record = run(tiny, tmp_path)
     assert record["resumed"] == 1
     expected, found = (load_file(folder / "model" / "model.safetensors") for folder in (whole, tmp_path))
     assert expected.keys() == found.keys()
@@ -164,7 +165,7 @@ def test_interrupted_run_with_dropout_and_best_checkpoint(tiny, tmp_path: Path) 
     config = json.loads((student / "model/config.json").read_text(encoding="utf-8"))
     (student / "model/config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}), encoding="utf-8")
     tiny = dataclasses.replace(tiny, student=student)
-    training = TRAINING.model_copy(update={"save_minutes": 1e-9, "checkpoint": "best", "eval_every": 1})
+    training = TRAINING.model_copy(update={"checkpoint": "best", "eval_every": 1})
     training = training.model_copy(update={"lr": 0.3, "clip": None})  # wrecks the student after the first steps
     child = run_child(tiny, tmp_path / "killed", training, "kill", 5)
     child.communicate(timeout=120)
@@ -186,7 +187,7 @@ def test_a_diverging_run_stops_with_the_step_and_a_remedy(
 
 
 def test_state_of_other_settings_is_not_continued(tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    child = run_child(tiny, tmp_path, TRAINING.model_copy(update={"save_minutes": 1e-9}), "kill", 4)
+    child = run_child(tiny, tmp_path, TRAINING, "kill", 4)
     child.communicate(timeout=120)
     record = run(tiny, tmp_path, TRAINING.model_copy(update={"lr": 1e-3}))
     assert record["resumed"] == 0

@@ -44,7 +44,11 @@ GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runti
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
 ALL_CORES = workflow.resource_settings.cores or THREADS  # none with --report and --unlock
+# Shell lines take these as they are, not as params: changing them reruns nothing.
 CACHE = str(experiment.runtime.cache)
+SAVE_MINUTES = experiment.runtime.save_minutes
+LOG_EVERY = experiment.runtime.log_every
+SCORING_GIB = experiment.runtime.scoring_gib
 
 # On this machine (a cluster has nodes) many cores must not start more jobs than fit into memory.
 if workflow.nodes is None and "mem_mb" not in workflow.global_resources:
@@ -69,18 +73,24 @@ def require_known_pipelines() -> None:
             raise WorkflowError(unknown_name(path, arm.pipeline, pipelines))
 
 
-def local_files(folder, *patterns) -> list[str]:
-    """Files of a local folder that the experiment names; none where it names no folder."""
-    folder = folder and Path(folder)
-    return sorted(str(file) for pattern in patterns for file in folder.glob(pattern)) if folder else []
+def local_files(folder) -> list[str]:
+    """Files of a local folder that the experiment names; none where it names no folder.
+
+    Hidden files and what Python leaves behind are no part of it: they change by themselves.
+    """
+    files = (file for file in Path(folder).rglob("*") if file.is_file()) if folder else ()
+    parts = {file: file.relative_to(folder).parts for file in files}
+    return sorted(
+        str(file) for file in parts if not any(part.startswith(".") or part == "__pycache__" for part in parts[file])
+    )
 
 
 def teacher_files(wildcards) -> list[str]:
-    return local_files(experiment.teacher.path, "*.json", "*.safetensors")
+    return local_files(experiment.teacher.path)
 
 
 def student_files(wildcards) -> list[str]:
-    return local_files(experiment.student.path, "*.json", "*.safetensors")
+    return local_files(experiment.student.path)
 
 
 def data_files(wildcards) -> list[str]:
@@ -88,7 +98,7 @@ def data_files(wildcards) -> list[str]:
 
 
 def task_files(wildcards) -> list[str]:
-    return local_files(experiment.suites[wildcards.suite].include_path, "**/*.*")
+    return local_files(experiment.suites[wildcards.suite].include_path)
 
 
 def initial_student(wildcards) -> str:

@@ -46,7 +46,8 @@ if experiment.teacher.finetune:
             folder=subpath(output.manifest, parent=True),
         shell:
             "entkd finetune-teacher --settings {params.settings:q} --teacher {params.teacher:q}"
-            " --data {params.data:q} --output {params.folder:q} > {log:q} 2>&1"
+            " --data {params.data:q} --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
+            " --output {params.folder:q} > {log:q} 2>&1"
 
 
 rule teacher_signals:
@@ -66,12 +67,11 @@ rule teacher_signals:
         settings=canonical_json(experiment.signals),
         needs=canonical_json(jobs.signal_needs(experiment)),
         precision=experiment.teacher.precision,
-        cache=CACHE,
         teacher=subpath(input.teacher, parent=True),
         data=subpath(input.data, parent=True),
     shell:
         "entkd signals --settings {params.settings:q} --needs {params.needs:q} --precision {params.precision}"
-        " --teacher {params.teacher:q} --data {params.data:q} --cache {params.cache:q}"
+        " --teacher {params.teacher:q} --data {params.data:q} --cache {CACHE:q}"
         " --output {output.manifest:q} > {log:q} 2>&1"
 
 

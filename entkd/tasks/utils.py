@@ -52,7 +52,11 @@ def bits_per_byte(doc: dict[str, Any], results: list[tuple[float, bool]]) -> dic
 
 
 def rouge_l(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """ROUGE-L F of the generated response, the best over the references; Porter stems, as in the literature."""
+    """ROUGE-L F of the generated response, the best over the references; Porter stems, as in the literature.
+
+    Recall is bounded by what may be generated: a reference of 192 tokens against at most 64 generated ones reaches a
+    recall of a third, and an F of a half.
+    """
     scores = [_scorer().score(reference, results[0])["rougeL"].fmeasure for reference in doc["references"]]
     return {"rougeL": max(scores)}
 

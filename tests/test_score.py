@@ -232,7 +232,7 @@ def test_files_have_the_agreed_columns(scored):
 def test_mean_over_items_is_the_reported_value(scored):
     scores, items = scored
     means = items.groupby(["task", "metric"])["value"].agg(["mean", "size"])
-    for name, metric, _ in DEMO:
+    for name, metric in DEMO:
         row = scores.query("task == @name and metric == @metric").iloc[0]
         assert means.loc[name, metric]["mean"] == pytest.approx(row["value"], abs=1e-12)
         assert means.loc[name, metric]["size"] == row["n"]

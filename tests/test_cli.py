@@ -23,7 +23,7 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
 
     commands = set()
     for rules in (ROOT / "workflow/rules").rglob("*.smk"):
-        for block in re.findall(r"shell:\n((?:\s+\".*\"\n?)+)", rules.read_text()):
+        for block in re.findall(r"shell:\n((?:\s+f?\".*\"\n?)+)", rules.read_text()):
             text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
             words = re.sub(r"\{(wildcards\.seed|SAVE_MINUTES|LOG_EVERY|SCORING_GIB)\}", "1", text).split()
             stage = vars(cli.parser().parse_args(words[1:]))["stage"]
@@ -115,9 +115,7 @@ def test_stage_functions_take_what_the_command_line_gives() -> None:
         prepare: ["settings", "teacher", "output"],
         prepare_seqkd: ["teacher", "data", "output", "max_response_tokens", "batch"],
         init_student: ["settings", "teacher", "output", "seed"],
-        distill: [
-            "method", "training", "seed", "student", "data", "signals", "output", "save_minutes", "log_every",
-        ],
+        distill: ["method", "training", "seed", "student", "data", "signals", "output", "save_minutes", "log_every"],
         finetune_teacher: ["training", "teacher", "data", "output", "save_minutes", "log_every"],
     }
     for function, names in expected.items():

@@ -33,6 +33,7 @@ EXPERIMENT = {
     "suites": {"tiny": {"tasks": [{"name": "entkd_heldout", "metric": "bits_per_byte", "direction": "lower"}]}},
     "runtime": {"gpus": 0, "memory_gib": 0.1},
 }
+ROW = '{"prompt": "a", "response": "b"}\n'
 ARMS, SEEDS = ("kd", "full", "seqkd"), (0, 1)
 ANALYSIS = {"ablation_table": 1, "figures": 1, "default": 1}
 COLLECT = {"collect_scores": 1, **ANALYSIS}
@@ -64,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, folder / name)
     (folder / "bin").mkdir()
     shutil.copy(ROOT / "tests/fake_entkd.sh", folder / "bin/entkd")
-    (folder / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    (folder / "train.jsonl").write_text(ROW, encoding="utf-8")
     write_experiment(folder)
     run = snakemake_in(folder)
     assert run.returncode == 0, run.stderr
@@ -129,7 +130,7 @@ def test_reference_roles_and_gaps_only_rebuild_the_table(finished: Path) -> None
     def change(experiment: dict) -> None:
         experiment["analysis"] = {"reference": "full"}
         experiment["arms"]["kd"]["role"] = "control"
-        experiment["suites"]["tiny"]["tasks"][0]["min_gap"] = 0.1
+        experiment["suites"]["tiny"]["tasks"][0] |= {"min_gap": 0.1, "direction": "higher"}
 
     write_experiment(finished, change)
     rules, _ = would_run(finished)
@@ -138,7 +139,9 @@ def test_reference_roles_and_gaps_only_rebuild_the_table(finished: Path) -> None
 
 
 def test_runtime_and_shell_lines_rerun_nothing(finished: Path) -> None:
-    write_experiment(finished, lambda experiment: experiment["runtime"].update(threads=2, memory_gib=0.2))
+    changes = {"threads": 2, "memory_gib": 0.2, "scoring_gib": 9, "save_minutes": 1, "log_every": 3}
+    changes["cache"] = "elsewhere"
+    write_experiment(finished, lambda experiment: experiment["runtime"].update(changes))
     rules = finished / "workflow/rules/distill.smk"
     text = rules.read_text()
     rules.write_text(text.replace('"entkd distill --settings', '"entkd  distill --settings'))
@@ -146,15 +149,39 @@ def test_runtime_and_shell_lines_rerun_nothing(finished: Path) -> None:
     rules.write_text(text)
 
 
+def test_shell_lines_take_what_is_no_param(finished: Path) -> None:
+    calls = [line.split() for line in (finished / "calls.txt").read_text().splitlines()]
+    for stage, option, value in (
+        ("signals", "--cache", "cache"), ("distill", "--save-minutes", "5.0"), ("distill", "--log-every", "10"),
+        ("score", "--memory-gib", "2.0"),
+    ):  # fmt: skip
+        call = next(call for call in calls if call[0] == stage)
+        assert call[call.index(option) + 1] == value
+
+
+def test_files_of_a_task_folder_are_inputs_but_what_python_leaves_is_not(finished: Path) -> None:
+    folder = finished / "tasks"
+    (folder / "__pycache__").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name in ("mine.yaml", "template", "__pycache__/utils.pyc", ".git/index"):
+        (folder / name).write_text("x", encoding="utf-8")
+    write_experiment(finished, lambda experiment: experiment["suites"]["tiny"].update(include_path="tasks"))
+    dry = snakemake_in(finished, "--dry-run", "results/scores/kd/seed0/tiny.csv")
+    inputs = re.search(r"input: (.*)", dry.stdout + dry.stderr)
+    assert inputs is not None, dry.stderr
+    given = [name for name in inputs[1].split(", ") if name.startswith("tasks/")]
+    assert given == ["tasks/mine.yaml", "tasks/template"]
+
+
 def test_new_training_data_reruns_from_the_data_on(finished: Path) -> None:
     write_experiment(finished)
     stat = (finished / "train.jsonl").stat()
-    (finished / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    (finished / "train.jsonl").write_text(ROW * 2, encoding="utf-8")
     rules, trained = would_run(finished)
     assert rules["prepare_data"] == rules["teacher_signals"] == rules["seqkd_data"] == 1
     assert rules["prepare_teacher"] == rules["init_student"] == 0
     assert trained.total() == len(ARMS) * len(SEEDS)
-    (finished / "train.jsonl").write_text("{}\n", encoding="utf-8")
+    (finished / "train.jsonl").write_text(ROW, encoding="utf-8")
     os.utime(finished / "train.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
@@ -210,3 +237,11 @@ def test_what_needs_no_cores_gets_by_without(finished: Path, arguments: tuple[st
 def test_lint_finds_nothing() -> None:
     run = snakemake_in(ROOT, "--lint")
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_slurm_profile_knows_every_rule() -> None:
+    """A rule that the profile forgets would run on one core, and a table would ask for hours."""
+    profile = yaml.safe_load((ROOT / "profiles/slurm/profile.yaml").read_text(encoding="utf-8"))
+    texts = [file.read_text(encoding="utf-8") for file in (ROOT / "workflow/rules").rglob("*.smk")]
+    named = re.findall(r"^ *(?:rule (\w+):|use rule \w+ as (\w+) with:)", "\n".join(texts), flags=re.MULTILINE)
+    assert {one or other for one, other in named} == {*profile["set-threads"], *profile["set-resources"]}

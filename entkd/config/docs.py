@@ -52,7 +52,10 @@ def readme_text() -> str:
             if model is not Arm or name != "patch"
         ]
         if model is Arm:  # its patch is written as keys beside the others
-            rows += [(f"`{key}`", _type(field), "as in `method`", _patch_text(key)) for key, field in Method.model_fields.items()]
+            rows += [
+                (f"`{key}`", _type(field), "as in `method`", _patch_text(key))
+                for key, field in Method.model_fields.items()
+            ]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)

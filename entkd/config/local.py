@@ -1,4 +1,4 @@
-"""What the files and packages of this machine say against an experiment, known before any job runs and without torch."""
+"""What files and packages say against an experiment, known before any job runs and without torch."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def _model_problems(experiment: Experiment) -> Iterator[str]:
     teacher, student = experiment.teacher, experiment.student
     if teacher.source == "bundled" and not folders.bundled_is_installed():
         yield f"teacher.source: {folders.NOT_INSTALLED}"
-    known = {}
+    known, here = {}, Path.cwd()
     for key, folder in (("teacher", teacher.path), ("student", student.path)):
         if folder is None:
             continue
         if not (folder / "config.json").is_file():
-            yield f"{key}.path: `{folder}` is not a model folder: it has no config.json (working directory {Path.cwd()})"
+            yield f"{key}.path: `{folder}` is not a model folder: it has no config.json (working directory {here})"
             continue
         try:
             known[key] = folders.read_model(folder)

@@ -11,6 +11,7 @@ from entkd.config import HubData, JsonData
 from entkd.errors import UserError
 from entkd.rows import Messages, RowData, check_records, parse_row, read_file
 
+
 @dataclass(frozen=True)
 class Row:
     """One example before templating and tokenisation."""

@@ -79,7 +79,9 @@ def bundled_gguf() -> Path:
         raise UserError(f"teacher.source bundled: package {BUNDLED_PACKAGE} has no GGUF file; re{INSTALL_BUNDLED}")
     found = file_sha256(paths[0])
     if found != BUNDLED_SHA256:
-        raise UserError(f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{INSTALL_BUNDLED}")
+        raise UserError(
+            f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{INSTALL_BUNDLED}"
+        )
     return paths[0]
 
 

@@ -26,9 +26,7 @@ from entkd.errors import UserError
 from entkd.models import load_model
 
 FULL = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "temperature": {}, "features": {}})
-TRAINING = Training(
-    steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=2
-)
+TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=2)
 
 CHILD = """
 import os, signal, sys

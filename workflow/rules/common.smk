@@ -4,6 +4,7 @@ Rules get their settings as one canonical JSON string, because Snakemake compare
 """
 
 import re
+import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -44,8 +45,8 @@ GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runti
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
 ALL_CORES = workflow.resource_settings.cores or THREADS  # none with --report and --unlock
-# Shell lines take these as they are, not as params: changing them reruns nothing.
-CACHE = str(experiment.runtime.cache)
+# Written into the shell lines, not params: changing them reruns nothing.
+CACHE = shlex.quote(str(experiment.runtime.cache))
 SAVE_MINUTES = experiment.runtime.save_minutes
 LOG_EVERY = experiment.runtime.log_every
 SCORING_GIB = experiment.runtime.scoring_gib

@@ -30,5 +30,5 @@ rule distill:
         folder=subpath(output.run, parent=True),
     shell:
         "entkd distill --settings {params.settings:q} --seed {wildcards.seed} --student {params.student:q}"
-        " --data {params.data:q} --signals {input.signals:q} --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
-        " --output {params.folder:q} > {log:q} 2>&1"
+        f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
+        " --data {params.data:q} --signals {input.signals:q} --output {params.folder:q} > {log:q} 2>&1"

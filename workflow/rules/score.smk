@@ -31,7 +31,8 @@ rule score:
     shell:
         "entkd score --settings {params.settings:q} --model {params.model:q} --data {params.data:q}"
         " --signals {input.signals:q} --arm {wildcards.arm} --seed {wildcards.seed} --suite {wildcards.suite}"
-        " --memory-gib {SCORING_GIB} --output {output.scores:q} --items {output.per_item:q} > {log:q} 2>&1"
+        f" --memory-gib {SCORING_GIB}"
+        " --output {output.scores:q} --items {output.per_item:q} > {log:q} 2>&1"
 
 
 if not PUBLISHED:

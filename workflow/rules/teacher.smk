@@ -46,8 +46,8 @@ if experiment.teacher.finetune:
             folder=subpath(output.manifest, parent=True),
         shell:
             "entkd finetune-teacher --settings {params.settings:q} --teacher {params.teacher:q}"
-            " --data {params.data:q} --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
-            " --output {params.folder:q} > {log:q} 2>&1"
+            f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
+            " --data {params.data:q} --output {params.folder:q} > {log:q} 2>&1"
 
 
 rule teacher_signals:
@@ -71,7 +71,8 @@ rule teacher_signals:
         data=subpath(input.data, parent=True),
     shell:
         "entkd signals --settings {params.settings:q} --needs {params.needs:q} --precision {params.precision}"
-        " --teacher {params.teacher:q} --data {params.data:q} --cache {CACHE:q}"
+        f" --cache {CACHE}"
+        " --teacher {params.teacher:q} --data {params.data:q}"
         " --output {output.manifest:q} > {log:q} 2>&1"
 
 

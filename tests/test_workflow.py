@@ -173,6 +173,20 @@ def test_files_of_a_task_folder_are_inputs_but_what_python_leaves_is_not(finishe
     assert given == ["tasks/mine.yaml", "tasks/template"]
 
 
+def test_visible_files_of_a_local_teacher_are_inputs(finished: Path) -> None:
+    folder = finished / "model"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "config.json").write_text('{"num_hidden_layers": 2}', encoding="utf-8")
+    for name in ("chat_template.jinja", "merges.txt", "model.safetensors", ".gitattributes", ".cache/x"):
+        (folder / name).write_text("x", encoding="utf-8")
+    write_experiment(finished, lambda experiment: experiment.update(teacher={"source": "local", "path": "model"}))
+    dry = snakemake_in(finished, "--dry-run", "--forcerun", "prepare_teacher", "--", "prepare_teacher")
+    inputs = re.search(r"input: (.*)", dry.stdout + dry.stderr)
+    assert inputs is not None, dry.stderr
+    names = ("chat_template.jinja", "config.json", "merges.txt", "model.safetensors")
+    assert inputs[1].split(", ") == [f"model/{name}" for name in names]
+
+
 def test_new_training_data_reruns_from_the_data_on(finished: Path) -> None:
     write_experiment(finished)
     stat = (finished / "train.jsonl").stat()

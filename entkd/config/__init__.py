@@ -12,19 +12,15 @@ from entkd.config.method import (
     Method,
     Temperature,
 )
+from entkd.config.scoring import Analysis, ReportedSuite, ReportedTask, Suite, Task
 from entkd.config.stages import (
-    Analysis,
     Data,
     HubData,
     JsonData,
-    ReportedSuite,
-    ReportedTask,
     SignalFeatures,
     Signals,
     Student,
-    Suite,
     SyntheticData,
-    Task,
     Teacher,
     Training,
 )

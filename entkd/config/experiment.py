@@ -14,7 +14,8 @@ from entkd.config.arms import Arm, ResolvedArm, resolve_arms
 from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
-from entkd.config.stages import Analysis, Data, ReportedSuite, Signals, Slug, Student, Teacher, Training
+from entkd.config.scoring import Analysis, ReportedSuite
+from entkd.config.stages import Data, Signals, Slug, Student, Teacher, Training
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
 

@@ -12,7 +12,8 @@ from entkd.config.arms import ResolvedArm
 from entkd.config.base import Settings
 from entkd.config.experiment import Experiment
 from entkd.config.method import Curriculum, Features, Temperature
-from entkd.config.stages import ReportedSuite, Suite, SyntheticData, Task
+from entkd.config.scoring import ReportedSuite, Suite, Task
+from entkd.config.stages import SyntheticData
 from entkd.names import FIDELITY
 
 FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))

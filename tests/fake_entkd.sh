@@ -1,6 +1,7 @@
 #!/bin/sh
 # Stands in for `entkd` in tests of the workflow: notes the call and makes the stage's output files.
 echo "$*" >> calls.txt
+echo "${CUDA_VISIBLE_DEVICES-any}" >> devices.txt
 stage=$1
 while [ $# -gt 1 ]; do
     case $1 in

@@ -134,7 +134,7 @@ BAD = [
     ),
     ("training/log_every", 1, "training: unknown key `log_every`; did you mean"),
     ("seeds", [0, 0], "seeds: [0, 0] repeat themselves"),
-    ("runtime/gpus", "some", 'runtime.gpus: "some" must be a whole number or "some" must be one of auto'),
+    ("runtime/gpus", "some", 'runtime.gpus: "some" must be one of auto, 0, 1'),
     ("name", "scores", "name: `scores` is a folder of the demo's results; choose another"),
     ("sweeps", {"kdd": {}}, "sweeps: unknown name `kdd`; did you mean `kd`?"),
 ]

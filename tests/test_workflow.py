@@ -97,6 +97,10 @@ def test_first_run_makes_every_stage_once(finished: Path) -> None:
             assert (path in call) == ("seqkd" not in call[-1])
 
 
+def test_jobs_that_ask_for_no_gpu_see_none(finished: Path) -> None:
+    assert set((finished / "devices.txt").read_text().splitlines()) == {""}
+
+
 def test_second_run_does_nothing(finished: Path) -> None:
     write_experiment(finished)
     assert would_run(finished) == (Counter(), Counter())

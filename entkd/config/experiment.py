@@ -30,7 +30,7 @@ class Runtime(Settings):
     """CPU threads of a training or scoring job. Two jobs of one thread usually beat one of two."""
     memory_gib: float = Field(4.0, gt=0)
     """Memory that a training or scoring job asks the scheduler for."""
-    gpus: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    gpus: Literal["auto", 0, 1] = "auto"
     """GPUs of a job: `auto` asks for one where this machine has any, 0 is the CPU. On a cluster give the number: the
     machine that submits the jobs often has none."""
     cache: Path = Path("cache")

@@ -97,7 +97,7 @@ def write_split(folder: Path, split: str, documents: Sequence[Document]) -> None
     """Write ``{split}.{ids,offsets,prompt_lengths}.npy`` and ``{split}.jsonl``."""
     lengths = [len(document.prompt_ids) + len(document.response_ids) for document in documents]
     flat = [token for document in documents for ids in (document.prompt_ids, document.response_ids) for token in ids]
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "ids": np.asarray(flat, dtype=np.int32),
         "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "prompt_lengths": np.asarray([len(document.prompt_ids) for document in documents], dtype=np.int32),

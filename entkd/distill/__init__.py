@@ -1,5 +1,5 @@
-"""Distillation: the training loop (`loop.py`) and what it is made of."""
+"""Distillation: the stages (`stage.py`), the training loop (`loop.py`) and what it is made of."""
 
-from entkd.distill.loop import distill, finetune_teacher
+from entkd.distill.stage import distill, finetune_teacher
 
 __all__ = ["distill", "finetune_teacher"]

@@ -7,12 +7,11 @@ not depend on micro-batches, devices, logging or interruptions.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 
 from entkd import runtime
 from entkd.checkpoint import ResumeFolder, StopRequest
-from entkd.config import CrossEntropy, Method, Training, canonical_json
+from entkd.config import Method, Training
 from entkd.curriculum import progress_schedule
 from entkd.data import Corpus
 from entkd.data.packing import collate, plan_steps
@@ -31,126 +30,60 @@ from entkd.distill.flops import training_tflops
 from entkd.distill.metrics import Metrics
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
-from entkd.distill.outputs import finished, write_outputs
+from entkd.distill.outputs import write_outputs
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
-from entkd.files import write_json
-from entkd.models import load_model, load_tokenizer, model_sha256
+from entkd.models import load_model, load_tokenizer
 from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions
 
 
-def distill(
-    method: Method,
-    training: Training,
-    seed: int,
-    student: Path,
-    data: Path,
-    signals: Path | None,
-    output: Path,
-    save_minutes: float = 5.0,
-    log_every: int = 10,
-) -> None:
-    """Train one student and write ``model/``, ``metrics.jsonl`` and ``run.json`` into ``output``.
+@dataclass(frozen=True)
+class Run:
+    """One training run: what to train, from which files, into which folder."""
 
-    Parameters
-    ----------
-    method, training
-        The resolved arm, and length, batch and optimizer of the run.
-    seed
-        Seed of every named random stream of the run.
-    student
-        Folder of the untrained student.
-    data
-        Folder of the prepared data.
-    signals
-        Manifest of the teacher's signals; None for arms that train on the data alone.
-    output
-        Folder of the run. An interrupted run found here is continued.
-    save_minutes
-        Minutes between two resume checkpoints.
-    log_every
-        Steps between two looks at the loss on the device, which cost a wait there.
+    method: Method
+    training: Training
+    seed: int
+    student: Path
+    """Folder of the untrained student."""
+    data: Path
+    """Folder of the prepared data."""
+    signals: Path | None
+    """Manifest of the teacher's signals."""
+    output: Path
+    """Folder of the run."""
+    dtype: torch.dtype
+    """Autocast precision."""
+    save_minutes: float
+    """Minutes between two resume checkpoints."""
+    log_every: int
+    """Steps between two looks at the loss on the device."""
 
-    Raises
-    ------
-    UserError
-        If the stored signals lack something that the method needs, or the inputs do not fit together.
-    """
-    settings = {"method": method.model_dump(mode="json"), "training": training.model_dump(mode="json")}
-    world = World.join()
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = runtime.resolve_dtype(training.precision, device_type)
-    identity = _identity(settings, seed, student, data, signals, f"{dtype} on {device_type}")
-    resume = ResumeFolder(output, identity)
-    with resume.lock() if world.leads else contextlib.nullcontext(), runtime.device_slot() as device:
-        world.barrier()  # nobody looks at the folder before the lock is held
-        if finished(output, identity):
-            print(f"{output}: already complete, finished by an earlier process", file=sys.stderr, flush=True)
-        else:
-            where = (student, data, signals, output, resume, world, device, dtype)
-            _train(method, training, seed, *where, settings, save_minutes, log_every)
-        world.barrier()
-        if world.leads:
-            resume.remove()
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers, as JSON."""
+        return {"method": self.method.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
+
+    @property
+    def title(self) -> str:
+        """The run in the log, e.g. `kd/seed0`."""
+        return f"{self.output.parent.name}/{self.output.name}"
 
 
-def finetune_teacher(
-    training: Training, teacher: Path, data: Path, output: Path, save_minutes: float = 5.0, log_every: int = 10
-) -> None:
-    """Fine-tune the teacher on the training responses (cross-entropy alone) and write it as a teacher folder."""
-    imported = json.loads((teacher / "manifest.json").read_text(encoding="utf-8"))
-    distill(Method(ce=CrossEntropy()), training, 0, teacher / "model", data, None, output, save_minutes, log_every)
-    finetuned = {"sha256": model_sha256(output / "model"), "finetuned_from": imported["sha256"]}
-    write_json(output / "manifest.json", imported | finetuned)
-
-
-def _title(output: Path) -> str:
-    """The run in the log, e.g. `kd/seed0`."""
-    return f"{output.parent.name}/{output.name}"
-
-
-def _identity(
-    settings: dict[str, Any], seed: int, student: Path, data: Path, signals: Path | None, arithmetic: str
-) -> str:
-    """What a resume state belongs to: settings, seed, the content of every input, and how the device computes."""
-    parts = {
-        "settings": settings,
-        "seed": seed,
-        "student": model_sha256(student),
-        "data": json.loads((data / "manifest.json").read_text(encoding="utf-8"))["files"],
-        "signals": signals and json.loads(signals.read_text(encoding="utf-8"))["key"],
-        "arithmetic": arithmetic,
-    }
-    return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
-
-
-def _train(
-    method: Method,
-    training: Training,
-    seed: int,
-    student_folder: Path,
-    data: Path,
-    signals: Path | None,
-    output: Path,
-    resume: ResumeFolder,
-    world: World,
-    device: torch.device,
-    dtype: torch.dtype,
-    settings: dict[str, Any],
-    save_minutes: float,
-    log_every: int,
-) -> None:
+def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) -> None:
+    """Train from the state in ``resume``, or from the start, and write the outputs."""
+    method, training, seed, output, dtype = run.method, run.training, run.seed, run.output, run.dtype
     started = datetime.now(UTC).isoformat(timespec="seconds")
     began = time.monotonic()
-    manifest = json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((run.data / "manifest.json").read_text(encoding="utf-8"))
     vocab_size, pad_id = manifest["vocab_size"], manifest["eos_token_id"]
 
     # ── data, teacher, student ────────────────────────────────────────────────────────────────────────────────
-    corpus, dev = Corpus.open(data, "train"), Corpus.open(data, "dev")
-    targets = TeacherTargets(method, signals, data, corpus, seed)
+    corpus, dev = Corpus.open(run.data, "train"), Corpus.open(run.data, "dev")
+    targets = TeacherTargets(method, run.signals, run.data, corpus, seed)
     head_UE = targets.store.head_UE if targets.store is not None and method.divergence is not None else None
-    student = load_model(student_folder).train()
+    student = load_model(run.student).train()
     student.to(device)
     objective = Objective(
         student,
@@ -212,7 +145,7 @@ def _train(
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
     tokens = positions = 0
     saved_at = time.monotonic()
-    with StopRequest() as request, Progress(_title(output), len(steps), "step", first, world.leads) as bar:
+    with StopRequest() as request, Progress(run.title, len(steps), "step", first, world.leads) as bar:
         for step, blocks in enumerate(steps, start=1):
             micros = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
             batches = [collate(corpus, micro, training.block, pad_id) for micro in micros]
@@ -251,7 +184,7 @@ def _train(
                 nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
                 if not math.isfinite(nll):
                     raise UserError(
-                        f"{_title(output)}: the dev loss is {nll} at step {step}; lower training.lr, set training.clip"
+                        f"{run.title}: the dev loss is {nll} at step {step}; lower training.lr, set training.clip"
                     )
                 metrics.flush()
                 metrics.rows.append({"step": step, "dev_nll": nll})
@@ -259,15 +192,15 @@ def _train(
                     best_nll, best_step = nll, step
                     if world.leads:
                         resume.save_best(student, step)
-            if step % log_every == 0 or step == len(steps):
+            if step % run.log_every == 0 or step == len(steps):
                 metrics.flush()
                 bar.advance(1, **metrics.latest("loss", "dev_nll"))
             else:
                 bar.advance()
             # Several processes agree by a collective, which costs a sync: they ask each other less often.
-            if step == len(steps) or (world.size > 1 and step % log_every):
+            if step == len(steps) or (world.size > 1 and step % run.log_every):
                 continue
-            due = time.monotonic() - saved_at > 60 * save_minutes
+            due = time.monotonic() - saved_at > 60 * run.save_minutes
             if world.any(due or request.save):
                 if world.leads:
                     save(step)
@@ -285,7 +218,7 @@ def _train(
             resume.load_best(student, best_step)
         teacher_width = targets.store.width if targets.store is not None and method.divergence is not None else None
         record = {
-            "arm": settings,
+            "arm": run.settings,
             "identity": resume.identity,
             "seed": seed,
             "git_sha": git_sha(),
@@ -306,4 +239,4 @@ def _train(
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_outputs(output, student, load_tokenizer(student_folder), training.save_dtype, metrics.rows, record)
+        write_outputs(output, student, load_tokenizer(run.student), training.save_dtype, metrics.rows, record)

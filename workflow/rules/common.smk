@@ -3,6 +3,7 @@
 Rules get their settings as one canonical JSON string, because Snakemake compares `params` to decide what to rerun.
 """
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -42,6 +43,8 @@ pathvars:
 
 
 GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runtime.gpus
+if not GPUS:  # jobs inherit it: a GPU that no job has asked for is not one that jobs may crowd
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
 ALL_CORES = workflow.resource_settings.cores or THREADS  # none with --report and --unlock

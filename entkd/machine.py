@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,6 +18,11 @@ def has_gpu() -> bool:
         return False
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return any(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def hide_gpus() -> None:
+    """Let this process and its children see no GPU: jobs that have not asked for one must not crowd it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def memory_mib() -> int:

@@ -3,7 +3,6 @@
 Rules get their settings as one canonical JSON string, because Snakemake compares `params` to decide what to rerun.
 """
 
-import os
 import re
 import shlex
 from pathlib import Path
@@ -13,7 +12,7 @@ from snakemake.logging import logger
 
 from entkd.config import Experiment, canonical_json, jobs, load_experiment
 from entkd.config.errors import ConfigError, unknown_name
-from entkd.machine import has_gpu, memory_mib
+from entkd.machine import has_gpu, hide_gpus, memory_mib
 
 
 def read_experiment() -> Experiment:
@@ -43,8 +42,8 @@ pathvars:
 
 
 GPUS = int(has_gpu()) if experiment.runtime.gpus == "auto" else experiment.runtime.gpus
-if not GPUS:  # jobs inherit it: a GPU that no job has asked for is not one that jobs may crowd
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not GPUS:
+    hide_gpus()
 MEMORY_MB = int(experiment.runtime.memory_gib * 1024)
 THREADS = experiment.runtime.threads
 ALL_CORES = workflow.resource_settings.cores or THREADS  # none with --report and --unlock

@@ -69,13 +69,13 @@ def _finetune_teacher(args: argparse.Namespace) -> None:
 def _prepare_data(args: argparse.Namespace) -> None:
     from entkd.data import prepare
 
-    prepare(_parse(args.settings, DataSettings, "data").data, args.teacher, args.output)
+    prepare(_parse(args.settings, DataSettings, "data").data, args.teacher, args.output, args.precision)
 
 
 def _seqkd_data(args: argparse.Namespace) -> None:
     from entkd.data.seqkd import prepare_seqkd
 
-    prepare_seqkd(args.teacher, args.data, args.output, **json.loads(args.settings))
+    prepare_seqkd(args.teacher, args.data, args.output, precision=args.precision, **json.loads(args.settings))
 
 
 def _signals(args: argparse.Namespace) -> None:
@@ -206,8 +206,16 @@ STAGES: dict[str, Stage] = {
         "fine-tune a teacher",
         "--settings --teacher --data --output --save-minutes --log-every",
     ),
-    "prepare-data": (_prepare_data, "read or generate text and tokenise it", "--settings --teacher --output"),
-    "seqkd-data": (_seqkd_data, "greedy teacher responses to the prompts", "--settings --teacher --data --output"),
+    "prepare-data": (
+        _prepare_data,
+        "read or generate text and tokenise it",
+        "--settings --precision --teacher --output",
+    ),
+    "seqkd-data": (
+        _seqkd_data,
+        "greedy teacher responses to the prompts",
+        "--settings --precision --teacher --data --output",
+    ),
     "signals": (
         _signals,
         "store what the teacher says about each token",

@@ -401,8 +401,3 @@ def test_teacher_that_writes_no_usable_request_is_refused(tiny_teacher: Path, tm
     never = SYNTHETIC.model_copy(update=smaller)
     with pytest.raises(UserError, match=r"of 68 sampled requests only 0 were usable \(dropped: request_too_long"):
         prepare(never, tiny_teacher, tmp_path)
-
-
-def test_synthetic_data_need_the_chat_template(tiny_teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="synthetic data need `template: chat`"):
-        prepare(SYNTHETIC.model_copy(update={"template": "alpaca"}), tiny_teacher, tmp_path)

@@ -27,9 +27,9 @@ def folders(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     (root / "rows.json").write_text(json.dumps(rows))
     data = JsonData(files={"train": root / "rows.json"}, template="plain", dev=2, test=3, max_tokens=MAX_TOKENS)
     prepare(data, root / "teacher", root / "data")
-    with pytest.MonkeyPatch.context() as patch:  # bf16 rounds, and then chooses other tokens than fp32
-        patch.setattr(seqkd, "resolve_dtype", lambda *_: torch.float32)
-        seqkd.prepare_seqkd(root / "teacher", root / "data", root / "seqkd", max_response_tokens=20, batch=4)
+    # bf16 rounds, and then chooses other tokens than the fp32 reference below
+    settings = {"max_response_tokens": 20, "batch": 4, "precision": "fp32"}
+    seqkd.prepare_seqkd(root / "teacher", root / "data", root / "seqkd", **settings)
     return root / "teacher", root / "data", root / "seqkd"
 
 
@@ -80,4 +80,6 @@ def test_data_of_another_tokenizer_is_refused(folders: tuple[Path, Path, Path], 
     tokenizer.add_tokens(["another"])
     save_model(load_model(teacher), tokenizer, tmp_path / "teacher")
     with pytest.raises(UserError, match="was tokenised with another tokenizer"):
-        seqkd.prepare_seqkd(tmp_path / "teacher", data, tmp_path / "out", max_response_tokens=4, batch=4)
+        seqkd.prepare_seqkd(
+            tmp_path / "teacher", data, tmp_path / "out", max_response_tokens=4, batch=4, precision="fp32"
+        )

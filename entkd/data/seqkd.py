@@ -17,9 +17,11 @@ from entkd.runtime import device_slot, resolve_dtype
 
 
 def prepare_seqkd(
-    teacher: str | Path, data: str | Path, output: str | Path, max_response_tokens: int, batch: int
+    teacher: str | Path, data: str | Path, output: str | Path, max_response_tokens: int, batch: int, precision: str
 ) -> dict[str, Any]:
     """Write a data folder with the teacher's greedy responses in train, and dev and test copied unchanged.
+
+    ``precision`` (``auto``, ``bf16``, ``fp32``) is that of the teacher's forward passes.
 
     Raises
     ------
@@ -40,7 +42,7 @@ def prepare_seqkd(
         ids, prompt_length = corpus.document(index)
         prompts.append(ids[:prompt_length].tolist())
     with device_slot() as device:
-        model = load_model(teacher, dtype=resolve_dtype("auto", device))
+        model = load_model(teacher, dtype=resolve_dtype(precision, device))
         model.to(device)  # type: ignore[arg-type]
         responses = generate(
             model,
@@ -67,6 +69,7 @@ def prepare_seqkd(
         "data": file_sha256(data / "manifest.json"),
         "teacher": weights_sha256(teacher),
         "max_response_tokens": max_response_tokens,
+        "precision": precision,
     }
     return write_manifest(
         output,

@@ -20,8 +20,12 @@ from entkd.rows import RowData
 from entkd.runtime import numpy_stream
 
 
-def prepare(settings: SyntheticData | JsonData | HubData, teacher: str | Path, output: str | Path) -> dict[str, Any]:
+def prepare(
+    settings: SyntheticData | JsonData | HubData, teacher: str | Path, output: str | Path, precision: str = "auto"
+) -> dict[str, Any]:
     """Write the splits' arrays and texts, then ``manifest.json``; returns the manifest.
+
+    ``precision`` (``auto``, ``bf16``, ``fp32``) is that of a teacher that writes the data; others do not use it.
 
     Raises
     ------
@@ -33,7 +37,7 @@ def prepare(settings: SyntheticData | JsonData | HubData, teacher: str | Path, o
     (output / "manifest.json").unlink(missing_ok=True)  # a rewrite that is interrupted must not look finished
     formatter = Formatter(load_tokenizer(teacher), settings.template, settings.max_tokens)
     if isinstance(settings, SyntheticData):
-        splits, dropped = synthetic_documents(settings, formatter, teacher)
+        splits, dropped = synthetic_documents(settings, formatter, teacher, precision)
     else:
         splits, dropped = _row_documents(settings, formatter)
     for split in SPLITS:

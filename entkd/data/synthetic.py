@@ -26,22 +26,20 @@ _MOST_REQUESTS_PER_DOCUMENT = 20
 
 
 def synthetic_documents(
-    settings: SyntheticData, formatter: Formatter, teacher: str | Path
+    settings: SyntheticData, formatter: Formatter, teacher: str | Path, precision: str
 ) -> tuple[dict[str, list[Document]], dict[str, dict[str, int]]]:
     """Documents of the three splits, and what was dropped before the split, by reason (under ``train``).
 
     Raises
     ------
     UserError
-        If the template is not the chat one, or too few requests are usable.
+        If too few requests are usable.
     """
-    if settings.template != "chat":
-        raise UserError(f"data.template {settings.template}: synthetic data need `template: chat`")
     wanted = settings.train + settings.dev + settings.test
     dropped: Counter[str] = Counter()
     documents: list[Document] = []
     with device_slot() as device:
-        model = load_model(teacher, dtype=resolve_dtype("auto", device))
+        model = load_model(teacher, dtype=resolve_dtype(precision, device))
         model.to(device)  # type: ignore[arg-type]
         writer = _Writer(settings, formatter, model, dropped)
         while len(documents) < wanted:

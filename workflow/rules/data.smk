@@ -19,8 +19,9 @@ rule prepare_data:
         mem_mb=MEMORY_MB,
     params:
         settings=canonical_json(jobs.data_settings(experiment)),
+        precision=experiment.teacher.precision,
         teacher=subpath(input.teacher, parent=True),
         folder=subpath(output.manifest, parent=True),
     shell:
-        "entkd prepare-data --settings {params.settings:q} --teacher {params.teacher:q}"
+        "entkd prepare-data --settings {params.settings:q} --precision {params.precision} --teacher {params.teacher:q}"
         " --output {params.folder:q} > {log:q} 2>&1"

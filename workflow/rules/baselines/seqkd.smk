@@ -18,11 +18,12 @@ rule seqkd_data:
         mem_mb=MEMORY_MB,
     params:
         settings=canonical_json(jobs.seqkd_settings(experiment)),
+        precision=experiment.teacher.precision,
         teacher=subpath(input.teacher, parent=True),
         data=subpath(input.data, parent=True),
         folder=subpath(output.manifest, parent=True),
     shell:
-        "entkd seqkd-data --settings {params.settings:q} --teacher {params.teacher:q}"
+        "entkd seqkd-data --settings {params.settings:q} --precision {params.precision} --teacher {params.teacher:q}"
         " --data {params.data:q} --output {params.folder:q} > {log:q} 2>&1"
 
 

@@ -52,7 +52,10 @@ def test_parsing_and_checking_import_no_torch() -> None:
 
 def test_bad_settings_end_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     settings = json.dumps({"source": "synthetic", "trian": 3})
-    assert cli.main(["prepare-data", "--precision", "auto", "--settings", settings, "--teacher", "t", "--output", "o"]) == 2
+    assert (
+        cli.main(["prepare-data", "--precision", "auto", "--settings", settings, "--teacher", "t", "--output", "o"])
+        == 2
+    )
     assert capsys.readouterr().err.startswith("error: --settings: data: unknown key `trian`; did you mean `train`?")
     assert cli.main(["init-student", "--settings", "{", "--teacher", "t", "--seed", "0", "--output", "o"]) == 2
     assert "--settings: not valid JSON" in capsys.readouterr().err

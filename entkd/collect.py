@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from entkd.errors import UserError
+from entkd.files import replacing
 
 RUN_COLUMNS = [
     "arm",
@@ -50,8 +50,10 @@ def collect_scores(files: Sequence[Path], scores: Path, items: Path) -> None:
             task = f"{own['suite'].iloc[0]}/{own['task'].iloc[0]}"
             where = ", ".join(f"{version} (e.g. arm {arm})" for version, arm in example.items())
             raise UserError(f"{task}: scored in versions {where}; delete the older scores and score again")
-    _replace(scores, lambda path: score_table.to_csv(path, index=False))
-    _replace(items, lambda path: item_table.to_parquet(path, index=False))
+    with replacing(scores) as path:
+        score_table.to_csv(path, index=False)
+    with replacing(items) as path:
+        item_table.to_parquet(path, index=False)
 
 
 def collect_runs(folders: Sequence[Path], runs: Path, curves: Path) -> None:
@@ -78,8 +80,10 @@ def collect_runs(folders: Sequence[Path], runs: Path, curves: Path) -> None:
     run_table = pd.DataFrame(run_rows, columns=RUN_COLUMNS)
     _refuse_repeats(run_table, ["arm", "seed"])
     curve_table = pd.DataFrame(curve_rows, columns=CURVE_COLUMNS)
-    _replace(runs, lambda path: run_table.to_csv(path, index=False))
-    _replace(curves, lambda path: curve_table.to_csv(path, index=False))
+    with replacing(runs) as path:
+        run_table.to_csv(path, index=False)
+    with replacing(curves) as path:
+        curve_table.to_csv(path, index=False)
 
 
 def _items_of(path: Path) -> Path:
@@ -93,11 +97,3 @@ def _refuse_repeats(table: pd.DataFrame, key: list[str]) -> None:
     if len(repeated):
         first = ", ".join(f"{column} {repeated.iloc[0][column]}" for column in key)
         raise UserError(f"{len(repeated)} results occur twice, the first is {first}; give each file once")
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name, then rename: a file that exists is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)

@@ -42,7 +42,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``; what is written there takes its place when the block ends without an error.
 
     The content is flushed to disk before the rename, so that a power cut leaves the old or the new, never a hole. Works
-    for files and folders. After an error nothing of the new content is left.
+    for files and folders, and makes the folder around them. After an error nothing of the new content is left.
 
     Raises
     ------
@@ -50,6 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         If the write fails.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     _remove(temporary)
     try:
         with writing(path):

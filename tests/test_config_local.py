@@ -94,7 +94,8 @@ def test_long_files_are_checked_up_to_a_size(load: Callable[..., Experiment], mo
     Path("a.jsonl").write_text(GOOD * 3 + "{", encoding="utf-8")
     Path("a.json").write_text("[1]" + " " * 40, encoding="utf-8")
     monkeypatch.setattr(rows, "_CHECKED_BYTES", len(GOOD) + 1)  # ends within the second line, which is read whole
-    load(data={"source": "json", "files": {"train": "a.jsonl", "test": "a.json"}})
+    experiment = load(data={"source": "json", "files": {"train": "a.jsonl", "test": "a.json"}})
+    assert set(experiment.data.files) == {"train", "test"}  # what lies beyond the size is left to the job
 
 
 def model(name: str, vocabulary: dict[str, int] | None = None, **config: int) -> dict[str, str]:

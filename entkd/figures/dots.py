@@ -13,29 +13,18 @@ from entkd.figures.style import (
     GREY,
     LIGHT_GREY,
     ROLE_LABEL,
-    TEXT_WIDTH,
     Study,
     Task,
     few_ticks,
-    grid_of,
+    task_panels,
 )
 
 
 def draw_tasks(study: Study) -> Figure:
     """Small dots are seeds, large markers their mean; lines are the teacher and the untrained student."""
-    bands, columns = grid_of(len(study.tasks))
-    width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
-    figure = Figure(figsize=(width, bands * (0.17 * len(study.arms) + 0.75) + 0.5), layout="constrained")
-    axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
-    for place, ax in enumerate(axes.flat):
-        if place >= len(study.tasks):
-            ax.set_visible(False)
-            continue
-        task = study.tasks[place]
+    figure, panels = task_panels(study.tasks, [arm.name for arm in study.arms], margin=0.5)
+    for ax, task in panels:
         _draw_panel(ax, task, task.of(study.scores), study)
-    for ax in axes[:, 0]:
-        ax.set_yticks(range(len(study.arms)), [arm.name for arm in study.arms])
-        ax.set_ylim(len(study.arms) - 0.4, -0.6)
     roles = {arm.role: arm for arm in study.arms}
     handles = [Line2D([], [], color=a.colour, marker=a.marker, ls="", label=ROLE_LABEL[r]) for r, a in roles.items()]
     handles += [
@@ -43,7 +32,7 @@ def draw_tasks(study: Study) -> Figure:
         Line2D([], [], color=BLACK, linewidth=0.9, label="teacher"),
         Line2D([], [], color=BLACK, linewidth=0.9, linestyle=":", label="untrained"),
     ]
-    ncols = len(handles) if width > COLUMN_WIDTH + 1 else 3
+    ncols = len(handles) if figure.get_figwidth() > COLUMN_WIDTH + 1 else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=ncols, columnspacing=1.2)
     return figure
 

@@ -19,13 +19,12 @@ from entkd.figures.style import (
     GREY,
     LIGHT_GREY,
     ROLE_LABEL,
-    TEXT_WIDTH,
     Arm,
     Study,
     Task,
     few_ticks,
-    grid_of,
     number,
+    task_panels,
 )
 
 CLAIMS = ("better", "worse")
@@ -115,20 +114,10 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence[Row], label: str) -> Figure:
     """One panel per task; the rows are shared. Better is always to the right."""
-    bands, columns = grid_of(len(study.tasks))
-    width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
-    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.75) + 0.6), layout="constrained")
-    axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
-    for place, ax in enumerate(axes.flat):
-        if place >= len(study.tasks):
-            ax.set_visible(False)
-            continue
-        task = study.tasks[place]
+    figure, panels = task_panels(study.tasks, [row.label for row in rows], margin=0.6)
+    for ax, task in panels:
         _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows)
         _label_panel(ax, task, label)
-    for ax in axes[:, 0]:
-        ax.set_yticks(range(len(rows)), [row.label for row in rows])
-        ax.set_ylim(len(rows) - 0.4, -0.6)
     return figure
 
 

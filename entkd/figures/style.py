@@ -7,7 +7,7 @@ marker, and lines of one panel in dash, so that a grey print stays readable.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +96,7 @@ class Task:
 
     def axis_label(self, label: str, arrow: str) -> str:
         """``label`` with the unit in the place of ``{unit}``, wrapped to the panel, and the arrow below."""
-        return textwrap.fill(label.format(unit=self.unit), 19) + f"\n{arrow}"
+        return textwrap.fill(label.format(unit=self.unit), 16) + f"\n{arrow}"
 
     def of(self, frame: pd.DataFrame) -> pd.DataFrame:
         """The rows of ``frame`` that belong to this task and metric."""
@@ -150,6 +150,20 @@ def grid_of(panels: int) -> tuple[int, int]:
     """Rows and columns of a balanced grid with at most five columns, the most that fit the text's width."""
     rows = -(-panels // 5)
     return rows, -(-panels // rows)
+
+
+def task_panels(tasks: Sequence[Task], rows: Sequence[str], margin: float) -> tuple[Figure, list[tuple[Axes, Task]]]:
+    """A figure with one panel per task and shared rows, the first row on top; ``margin`` inches are for the labels."""
+    bands, columns = grid_of(len(tasks))
+    width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
+    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.75) + margin), layout="constrained")
+    axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
+    for ax in axes.flat[len(tasks) :]:
+        ax.set_visible(False)
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(rows)), rows)
+        ax.set_ylim(len(rows) - 0.4, -0.6)
+    return figure, list(zip(axes.flat, tasks, strict=False))
 
 
 def few_ticks(ax: Axes) -> None:

@@ -17,6 +17,7 @@ import torch
 from lm_eval.evaluator import evaluate
 
 from entkd.config import Suite
+from entkd.files import replacing
 from entkd.models import load_model, load_tokenizer
 from entkd.runtime import device_slot, resolve_dtype
 from entkd.score.fidelity import fidelity
@@ -136,12 +137,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _write(scores: pd.DataFrame, items: pd.DataFrame, output_csv: Path, output_items: Path) -> None:
-    """Both files under temporary names first, the scores last: where they are, everything is."""
-    output_csv.parent.mkdir(parents=True, exist_ok=True)
-    output_items.parent.mkdir(parents=True, exist_ok=True)
-    partial_items = output_items.with_name(f".{output_items.name}.partial")
-    items.to_parquet(partial_items, index=False)
-    os.replace(partial_items, output_items)
-    partial_csv = output_csv.with_name(f".{output_csv.name}.partial")
-    scores.to_csv(partial_csv, index=False)
-    os.replace(partial_csv, output_csv)
+    """The scores last: where they are, everything is."""
+    with replacing(output_items) as temporary:
+        items.to_parquet(temporary, index=False)
+    with replacing(output_csv) as temporary:
+        scores.to_csv(temporary, index=False)

@@ -148,7 +148,7 @@ def _decile_lines(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
     ax.xaxis.set_major_locator(FixedLocator(range(1, 11)))
     ax.set_ylim(bottom=0)
     lines = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(lines.values(), lines.keys(), loc="upper left")
+    ax.legend(lines.values(), lines.keys(), loc="lower left")
 
 
 def _decile_map(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:

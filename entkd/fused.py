@@ -9,6 +9,7 @@ projection, both cut to ``vocab_size``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from entkd.divergences import DIVERGENCES
 from entkd.temperature import loss_scale
 from entkd.tiles import TileLoss, by_autograd, compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
+from entkd.workspace import buffer
 
 
 def linear_divergence(
@@ -81,7 +83,7 @@ def linear_divergence(
         loss = _kl_with_gradient(divergence == "reverse_kl", temperature_N, scale_N)
     else:
         loss = by_autograd(dense_loss)
-    target = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], compute_dtype(student_hidden_ND))
+    target = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], compute_dtype(student_hidden_ND), "teacher")
     return tiled_loss(student_hidden_ND, student_weight_VD, target, loss, vocab_size)
 
 
@@ -125,11 +127,11 @@ def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tens
         if temperature_N is not None:
             temperature_R1 = temperature_N.detach()[rows].to(student_RV.dtype).unsqueeze(-1)
             student_RV, teacher_RV = student_RV.div_(temperature_R1), teacher_RV.div_(temperature_R1)
-        log_q_RV, log_ratio_RV = _finite_log_softmax(student_RV), _finite_log_softmax(teacher_RV)
-        p_RV, q_RV = log_ratio_RV.exp(), log_q_RV.exp()
+        log_q_RV, log_ratio_RV = _log_softmax(student_RV, "log q"), _log_softmax(teacher_RV, "log p")
+        q_RV, p_RV = _exp(log_q_RV, out=student_RV), _exp(log_ratio_RV, out=teacher_RV)
         log_ratio_RV.sub_(log_q_RV)
         if reverse:
-            value_R1 = -(q_RV * log_ratio_RV).sum(-1, keepdim=True)
+            value_R1 = -log_q_RV.copy_(q_RV).mul_(log_ratio_RV).sum(-1, keepdim=True)
             grad_RV = log_ratio_RV.add_(value_R1).mul_(q_RV).neg_()
         else:
             value_R1 = log_ratio_RV.mul_(p_RV).sum(-1, keepdim=True)
@@ -143,9 +145,17 @@ def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tens
     return loss
 
 
-def _finite_log_softmax(logits_RV: Tensor) -> Tensor:
-    """Log-probabilities; that of probability 0 is the lowest finite number, so that their product is 0."""
-    return torch.log_softmax(logits_RV, dim=-1).clamp_min_(torch.finfo(logits_RV.dtype).min)
+def _log_softmax(logits_RV: Tensor, name: str) -> Tensor:
+    """Log-probabilities in the buffer ``name``. That of probability 0 is the lowest finite number, so that their
+    product is 0."""
+    out_RV = buffer(name, logits_RV.shape, logits_RV.dtype, logits_RV.device)
+    torch.log_softmax(logits_RV, dim=-1, out=out_RV)
+    return out_RV.clamp_min_(torch.finfo(out_RV.dtype).min)
+
+
+def _exp(log_RV: Tensor, out: Tensor) -> Tensor:
+    """exp by way of 2^x, whose CPU kernel is twice as fast where MKL is not on Intel's processors."""
+    return torch.mul(log_RV, math.log2(math.e), out=out).exp2_()
 
 
 @torch.no_grad()
@@ -166,8 +176,8 @@ def linear_statistics(
     """
     vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     dtype, device = compute_dtype(student_hidden_ND), student_hidden_ND.device
-    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype)
-    teacher = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], dtype)
+    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype, "logits")
+    teacher = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], dtype, "teacher")
     n_tokens = len(student_hidden_ND)
     kl_N = torch.zeros(n_tokens, dtype=dtype, device=device)
     agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
@@ -176,9 +186,9 @@ def linear_statistics(
         for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
             rows = slice(tile.start + piece.start, tile.start + piece.stop)
             agreement_N[rows] = student_RV[piece].argmax(-1) == teacher_RV[piece].argmax(-1)
-            log_ratio_RV = _finite_log_softmax(teacher_RV[piece])
-            p_RV = log_ratio_RV.exp()
-            kl_N[rows] = log_ratio_RV.sub_(_finite_log_softmax(student_RV[piece])).mul_(p_RV).sum(-1)
+            log_ratio_RV = _log_softmax(teacher_RV[piece], "log p")
+            p_RV = _exp(log_ratio_RV, out=teacher_RV[piece])
+            kl_N[rows] = log_ratio_RV.sub_(_log_softmax(student_RV[piece], "log q")).mul_(p_RV).sum(-1)
     return {"kl": kl_N, "agreement": agreement_N}
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from entkd.workspace import buffer
+
 TileTarget = Callable[[slice], Tensor]
 """Rows of the batch → what the loss compares their logits with, e.g. teacher logits (R, V) or labels (R,)."""
 TileLoss = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor | None]]
@@ -83,10 +85,12 @@ class _TiledLoss(torch.autograd.Function):
         product_dtype = torch.bfloat16 if low_precision else dtype
         with torch.autocast(device.type, enabled=False):
             used_VD = weight_VD[:vocab_size]
-            logits = projection(hidden_ND, used_VD, dtype)
-            hidden_product_ND, weight_product_VD = hidden_ND.to(product_dtype), used_VD.to(product_dtype)
+            logits = projection(hidden_ND, used_VD, dtype, "logits")
+            hidden_product_ND, weight_product_VD = hidden_ND.to(product_dtype), _cast(used_VD, product_dtype, "weight of products")
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
-            weight_grad_VD = torch.zeros(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
+            weight_grad_VD = torch.empty(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
+            if weight_grad_VD is not None:
+                weight_grad_VD[vocab_size if len(hidden_ND) else 0 :] = 0
             total = torch.zeros((), dtype=dtype, device=device)
             for tile in slices(len(hidden_ND), tile_rows(vocab_size, device)):
                 logits_RV = logits(tile)
@@ -95,7 +99,7 @@ class _TiledLoss(torch.autograd.Function):
                 if hidden_grad_ND is not None:
                     hidden_grad_ND[tile] = grad_RV @ weight_product_VD
                 if weight_grad_VD is not None:
-                    _add_product(weight_grad_VD[:vocab_size], grad_RV.T, hidden_product_ND[tile])
+                    _add_product(weight_grad_VD[:vocab_size], grad_RV.T, hidden_product_ND[tile], tile.start == 0)
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return total
@@ -103,8 +107,10 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second tensor of the weight's size costs more than the multiplication. A second backward pass
+        # finds its saved tensors changed, which autograd refuses.
         hidden_grad_ND, weight_grad_VD = (
-            None if saved is None else (saved * grad_output).to(dtype)
+            None if saved is None else saved.mul_(grad_output).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return hidden_grad_ND, weight_grad_VD, None, None, None, None, None
@@ -118,7 +124,9 @@ def _tile(
     Works in pieces of few rows: elementwise passes over a vocabulary are bound by memory, and a piece stays in cache
     from the first pass to the last. A gradient of the logits' own dtype is written over them.
     """
-    grad_RV = logits_RV if grad_dtype == logits_RV.dtype else torch.empty_like(logits_RV, dtype=grad_dtype)
+    grad_RV = logits_RV
+    if grad_dtype != logits_RV.dtype:
+        grad_RV = buffer("gradient of logits", logits_RV.shape, grad_dtype, logits_RV.device)
     total = logits_RV.new_zeros(())
     for piece in slices(len(logits_RV), piece_rows(logits_RV.shape[1], logits_RV.device)):
         rows = slice(start + piece.start, start + piece.stop)
@@ -129,22 +137,34 @@ def _tile(
     return total, grad_RV
 
 
-def projection(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> TileTarget:
-    """A function from rows to logits (R, V) in ``dtype``, as exact as the operands."""
+def projection(hidden_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype, name: str) -> TileTarget:
+    """A function from rows to logits (R, V) in ``dtype``, as exact as the operands.
+
+    Parameters
+    ----------
+    name
+        Of the buffer that the logits are in: they are valid until the function's next call.
+    """
+    hidden_ND, weight_VD, device = hidden_ND.detach(), weight_VD.detach(), hidden_ND.device
     both_bf16 = hidden_ND.dtype == weight_VD.dtype == torch.bfloat16 and dtype == torch.float32
-    if both_bf16 and hidden_ND.device.type == "cuda":
+    if both_bf16 and device.type == "cuda":
         return lambda rows: torch.mm(hidden_ND[rows], weight_VD.T, out_dtype=torch.float32)
-    # Without AMX the detour over bf16 gains nothing.
-    amx = hidden_ND.device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    use_bf16_units = both_bf16 and amx
-    weight_VD = weight_VD.to(dtype)
+    weight_VD = _cast(weight_VD, dtype, f"weight of {name}")
 
     def project(rows: slice) -> Tensor:
-        units = _mkldnn_bf16() if use_bf16_units else nullcontext()
-        with torch.autocast(hidden_ND.device.type, enabled=False), units:
-            return hidden_ND[rows].to(dtype) @ weight_VD.T
+        hidden_RD = hidden_ND[rows].to(dtype)
+        logits_RV = buffer(name, (len(hidden_RD), len(weight_VD)), dtype, device)
+        units = _mkldnn_bf16() if both_bf16 and device.type == "cpu" else nullcontext()
+        with torch.no_grad(), torch.autocast(device.type, enabled=False), units:
+            return torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
 
     return project
+
+
+def _cast(weight_VD: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if weight_VD.dtype == dtype:
+        return weight_VD
+    return buffer(name, weight_VD.shape, dtype, weight_VD.device).copy_(weight_VD)
 
 
 @contextmanager
@@ -159,12 +179,16 @@ def _mkldnn_bf16() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _add_product(sum_VD: Tensor, grad_VR: Tensor, hidden_RD: Tensor) -> None:
-    """sum += grad @ hidden, with the sum over tiles in fp32 where the operands are bf16."""
+def _add_product(sum_VD: Tensor, grad_VR: Tensor, hidden_RD: Tensor, first: bool) -> None:
+    """sum += grad @ hidden, or sum = grad @ hidden, with the sum over tiles in fp32 where the operands are bf16."""
     if grad_VR.dtype == sum_VD.dtype:
-        sum_VD.addmm_(grad_VR, hidden_RD)
+        sum_VD.addmm_(grad_VR, hidden_RD, beta=0 if first else 1)
+        return
+    product_VD = torch.mm(grad_VR, hidden_RD, out=buffer("product", sum_VD.shape, grad_VR.dtype, sum_VD.device))
+    if first:
+        sum_VD.copy_(product_VD)
     else:
-        sum_VD += grad_VR @ hidden_RD
+        sum_VD.add_(product_VD)
 
 
 def compute_dtype(hidden_ND: Tensor) -> torch.dtype:

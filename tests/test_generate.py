@@ -9,7 +9,7 @@ from scipy import stats
 from tiny_models import ending_early, tiny_llama
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from entkd.generate import choose, generate
+from entkd.generate import _Inversion, choose, generate
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,21 @@ def test_certain_token_is_drawn_and_impossible_tokens_are_not() -> None:
     stream = torch.Generator().manual_seed(0)
     assert choose(logits, 1.0, 0.5, stream).tolist() == [4] * 64
     assert choose(logits, 1.0, 1.0, stream).tolist() == [4] * 64
+
+
+@pytest.mark.parametrize("vocabulary", [256, 300, 1000])
+def test_two_levels_of_sums_draw_what_one_running_sum_does(vocabulary: int) -> None:
+    logits = 3 * torch.randn(2, vocabulary, generator=torch.Generator().manual_seed(3))
+    logits[:, 250:270] = -torch.inf
+    logits[1, -40:] = -torch.inf
+    probs = torch.softmax(logits, -1)
+    draw = _Inversion(probs)
+    grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
+    for row in range(2):
+        running = probs[row].double().cumsum(0).numpy()
+        expected = np.searchsorted(running, grid.numpy() * running[-1], side="right")
+        assert draw(torch.full((2000,), row), grid).tolist() == expected.tolist()
+    assert (probs[[0, 1], draw(torch.arange(2), torch.full((2,), 1 - 2**-53, dtype=torch.float64))] > 0).all()
 
 
 def test_continuations_stop_at_the_longest_length(tokenizer, prompts: list[list[int]]) -> None:

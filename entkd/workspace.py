@@ -1,0 +1,41 @@
+"""Buffers that outlive the call that fills them.
+
+A training step writes some hundred megabytes of logits and forgets them. Taken from the allocator each time, on a CPU
+they come as fresh pages, and faulting those in cost up to half of the arithmetic that fills them. An accelerator's
+caching allocator keeps its memory, so there a buffer is simply new.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class _Kept(threading.local):
+    """Per thread, since two threads may each be inside a loss."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, valid until the next call of the same name.
+
+    Never keep one, nor save one for a backward pass: copy what has to last.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    kept = _kept.bytes.get(name)
+    if kept is None or len(kept) < size:
+        # A tensor made in inference mode could not be written to outside it.
+        with torch.inference_mode(False):
+            kept = _kept.bytes[name] = torch.empty(size, dtype=torch.uint8)
+    return kept[:size].view(dtype).view(*shape)

@@ -10,7 +10,7 @@ projection, both cut to ``vocab_size``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ def linear_divergence(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
     teacher_hidden_NE: Tensor,
-    teacher_weight_UE: Tensor,
+    teacher_weight_UE: Tensor | None,
     *,
     divergence: str,
     temperature_N: Tensor | None = None,
@@ -42,7 +42,8 @@ def linear_divergence(
     student_hidden_ND, teacher_hidden_NE
         (N, D) and (N, E) last hidden states of the same tokens. N = 0 gives 0 and zero gradients.
     student_weight_VD, teacher_weight_UE
-        Output projections, rows in the order of one tokenizer.
+        Output projections, rows in the order of one tokenizer. Without the teacher's, ``teacher_hidden_NE`` holds
+        (N, U) logits, or log-probabilities at T = 1, which differ by a constant.
     divergence
         A name in ``entkd.divergences.DIVERGENCES``.
     temperature_N, weight_N
@@ -83,7 +84,7 @@ def linear_divergence(
         loss = _kl_with_gradient(divergence == "reverse_kl", temperature_N, scale_N)
     else:
         loss = by_autograd(dense_loss)
-    target = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], compute_dtype(student_hidden_ND), "teacher")
+    target = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, compute_dtype(student_hidden_ND))
     return tiled_loss(student_hidden_ND, student_weight_VD, target, loss, vocab_size)
 
 
@@ -163,11 +164,13 @@ def linear_statistics(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
     teacher_hidden_NE: Tensor,
-    teacher_weight_UE: Tensor,
+    teacher_weight_UE: Tensor | None,
     *,
     vocab_size: int | None = None,
 ) -> dict[str, Tensor]:
     """How close the student is to the teacher, per token, at temperature 1 and without gradient.
+
+    The tensors are those of `linear_divergence`.
 
     Returns
     -------
@@ -177,7 +180,7 @@ def linear_statistics(
     vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     dtype, device = compute_dtype(student_hidden_ND), student_hidden_ND.device
     student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype, "logits")
-    teacher = projection(teacher_hidden_NE, teacher_weight_UE[:vocab_size], dtype, "teacher")
+    teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
     n_tokens = len(student_hidden_ND)
     kl_N = torch.zeros(n_tokens, dtype=dtype, device=device)
     agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
@@ -190,6 +193,20 @@ def linear_statistics(
             p_RV = _exp(log_ratio_RV, out=teacher_RV[piece])
             kl_N[rows] = log_ratio_RV.sub_(_log_softmax(student_RV[piece], "log q")).mul_(p_RV).sum(-1)
     return {"kl": kl_N, "agreement": agreement_N}
+
+
+def _teacher_logits(
+    hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype
+) -> Callable[[slice], Tensor]:
+    """Logits of some rows, computed or, where there is no projection, as they are given."""
+    if weight_UE is not None:
+        return projection(hidden_NE, weight_UE[:vocab_size], dtype, "teacher")
+
+    def given(rows: slice) -> Tensor:
+        logits_RU = hidden_NE.detach()[rows, :vocab_size]
+        return buffer("teacher", logits_RU.shape, dtype, logits_RU.device).copy_(logits_RU)
+
+    return given
 
 
 def _rows(weight_VD: Tensor, vocab_size: int | None, owner: str) -> int:
@@ -206,16 +223,18 @@ def _vocabulary(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
     teacher_hidden_NE: Tensor,
-    teacher_weight_UE: Tensor,
+    teacher_weight_UE: Tensor | None,
     vocab_size: int | None,
 ) -> int:
     """The vocabulary that both sides share, after checking that both sides fit together."""
     if len(student_hidden_ND) != len(teacher_hidden_NE):
         raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(teacher_hidden_NE)} teacher tokens")
-    if vocab_size is None and len(student_weight_VD) != len(teacher_weight_UE):
+    # Given logits have as many columns as a projection has rows.
+    teacher_UN = teacher_hidden_NE.T if teacher_weight_UE is None else teacher_weight_UE
+    if vocab_size is None and len(student_weight_VD) != len(teacher_UN):
         raise ValueError(
             f"the student's output projection has {len(student_weight_VD)} rows and the teacher's "
-            f"{len(teacher_weight_UE)}; pass vocab_size, the tokenizer's length"
+            f"{len(teacher_UN)}; pass vocab_size, the tokenizer's length"
         )
-    _rows(teacher_weight_UE, vocab_size, "teacher")
+    _rows(teacher_UN, vocab_size, "teacher")
     return _rows(student_weight_VD, vocab_size, "student")

@@ -86,7 +86,10 @@ class _TiledLoss(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             used_VD = weight_VD[:vocab_size]
             logits = projection(hidden_ND, used_VD, dtype, "logits")
-            hidden_product_ND, weight_product_VD = hidden_ND.to(product_dtype), _cast(used_VD, product_dtype, "weight of products")
+            hidden_product_ND, weight_product_VD = (
+                hidden_ND.to(product_dtype),
+                _cast(used_VD, product_dtype, "weight of products"),
+            )
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
             weight_grad_VD = torch.empty(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
             if weight_grad_VD is not None:

@@ -214,8 +214,10 @@ class SignalFeatures(Settings):
 class Signals(Settings):
     """What is stored of the teacher's outputs. Changing it runs the teacher again and retrains what reads it."""
 
-    mode: Literal["hidden"] = "hidden"
-    """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head."""
+    mode: Literal["hidden", "logprobs"] = "hidden"
+    """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head; 2 bytes × the
+    teacher's width per token. `logprobs`: besides it, all log-probabilities in fp16; 2 bytes × the vocabulary per token
+    on disk instead of a product with the head in every step, which pays on a CPU."""
     features: SignalFeatures | None = SignalFeatures()
     """Hidden states for the feature loss; null stores none. Stated here, not taken from the arms, so that editing one
     arm never touches what the other arms read."""

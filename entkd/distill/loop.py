@@ -82,14 +82,13 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     # ── data, teacher, student ────────────────────────────────────────────────────────────────────────────────
     corpus, dev = Corpus.open(run.data, "train"), Corpus.open(run.data, "dev")
     targets = TeacherTargets(method, run.signals, run.data, corpus, seed)
-    head_UE = targets.store.head_UE if targets.store is not None and method.divergence is not None else None
     student = load_model(run.student).train()
     student.to(device)
     objective = Objective(
         student,
         method,
         vocab_size,
-        teacher_head_UE=head_UE,
+        teacher_head_UE=targets.head_UE,
         teacher_width=targets.store.width if targets.store is not None else 0,
         generator=runtime.torch_stream(seed, "projectors"),
     ).to(device)
@@ -216,7 +215,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         seconds = seconds_before + time.monotonic() - began
         if training.checkpoint == "best":
             resume.load_best(student, best_step)
-        teacher_width = targets.store.width if targets.store is not None and method.divergence is not None else None
+        teacher_width = targets.store.width if targets.store is not None and targets.head_UE is not None else None
         record = {
             "arm": run.settings,
             "identity": resume.identity,

@@ -9,6 +9,7 @@ V student rows of the output projection, U teacher rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,9 @@ class MicroBatch:
     """One forward pass: tokens, and what the teacher and the components say of them."""
 
     batch: Batch
-    teacher_hidden_NE: Tensor | None = None
-    """Last hidden state of the teacher; None where no divergence is trained."""
+    teacher_NE: Tensor | Callable[[], Tensor] | None = None
+    """Last hidden state of the teacher, or its log-probabilities, or what reads them; None where no divergence is
+    trained."""
     weight_N: Tensor | None = None
     """Curriculum weights, normalised over the global batch; None is 1."""
     temperature_N: Tensor | None = None
@@ -38,15 +40,20 @@ class MicroBatch:
     teacher_features: tuple[Tensor, ...] = ()
     """(H, E) hidden states of the teacher, one for each layer pair."""
 
+    def teacher(self) -> Tensor | None:
+        """What ``teacher_NE`` is or reads."""
+        return self.teacher_NE() if callable(self.teacher_NE) else self.teacher_NE
+
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
+        """The same on a device, with the teacher's signals read. On a CPU they may be in a buffer that the next
+        micro-batch reads into."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return MicroBatch(
             self.batch.to(device),
-            moved(self.teacher_hidden_NE),
+            moved(self.teacher()),
             moved(self.weight_N),
             moved(self.temperature_N),
             moved(self.hard_H),
@@ -66,7 +73,7 @@ class Objective(nn.Module):
     vocab_size
         Rows of both output projections that are tokens; padded rows beyond are ignored.
     teacher_head_UE
-        The teacher's output projection; None where no divergence is trained.
+        The teacher's output projection; None where its log-probabilities are given or no divergence is trained.
     teacher_width
         E, read by the projectors alone.
     """
@@ -122,12 +129,12 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         if method.divergence is not None:
-            assert micro.teacher_hidden_NE is not None
-            assert self.teacher_head_UE is not None
+            teacher_NE = micro.teacher()
+            assert teacher_NE is not None
             total = linear_divergence(
                 hidden_ND,
                 weight_VD,
-                micro.teacher_hidden_NE,
+                teacher_NE,
                 self.teacher_head_UE,
                 divergence=method.divergence.name,
                 settings=method.divergence.parameters(),

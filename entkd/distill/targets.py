@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -128,13 +129,26 @@ class TeacherTargets:
             micro_batches.append(self._micro_batch(batch, plan.weight_N, plan.temperature_N, plan.features_N, cut))
         return Step(micro_batches, positions, int(plan.summary["hard"]), tokens, plan.summary)
 
+    def _distribution(self, batch: Batch) -> Tensor:
+        """Log-probabilities where they are stored, else hidden states."""
+        assert self.store is not None
+        return self.split.logprobs(batch.tokens_N) if self.store.has_logprobs else self.split.hidden(batch.tokens_N)
+
+    @property
+    def head_UE(self) -> Tensor | None:
+        """The output projection for the teacher's hidden states, where they need one."""
+        if self.store is None or self.store.has_logprobs or self.method.divergence is None:
+            return None
+        return self.store.head_UE
+
     def _micro_batch(
         self, batch: Batch, weight_N: Tensor | None, temperature_N: Tensor | None, features_N: Tensor | None, cut: slice
     ) -> MicroBatch:
         hard_H = None if features_N is None else features_N[cut].nonzero().squeeze(1)
         return MicroBatch(
             batch,
-            teacher_hidden_NE=self.split.hidden(batch.tokens_N) if self.method.divergence is not None else None,
+            # Read when it is its turn: log-probabilities of a whole step may not fit into memory.
+            teacher_NE=partial(self._distribution, batch) if self.method.divergence is not None else None,
             weight_N=None if weight_N is None else weight_N[cut],
             temperature_N=None if temperature_N is None else temperature_N[cut],
             hard_H=hard_H,

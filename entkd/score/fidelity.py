@@ -86,7 +86,8 @@ def _per_token(
     block = max(_BLOCK, int(corpus.lengths[documents].max()))
     blocks = pack(corpus.lengths, block, documents)
     per_batch = max(1, batch_tokens // block)
-    weight_VD, head_UE = output_weight(model), store.head_UE.to(model.device)
+    weight_VD = output_weight(model)
+    head_UE = None if store.has_logprobs else store.head_UE.to(model.device)
     for start in range(0, len(blocks), per_batch):
         batch = collate(corpus, blocks[start : start + per_batch], block, pad_id=0).to(model.device)
         hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
@@ -94,7 +95,7 @@ def _per_token(
         statistics = linear_statistics(
             hidden_BLD.flatten(0, 1)[batch.positions_N],
             weight_VD,
-            teacher.hidden(tokens_N).to(model.device),
+            (teacher.hidden(tokens_N) if head_UE is not None else teacher.logprobs(tokens_N)).to(model.device),
             head_UE,
             vocab_size=store.vocab_size,
         )

@@ -4,7 +4,8 @@ A store is a folder of safetensors files and a ``manifest.json``: ``head`` (the 
 ``calibration`` (the state of the difficulty), and shards ``{split}-{index}`` that hold some documents each:
 ``documents`` and ``response_lengths`` (int64), and in the order of these documents, one row per response token,
 ``entropy``, ``logsumexp``, ``target_logprob`` (fp32, nats) and ``hidden`` (bf16); ``feature_rows`` (int64 rows of
-the shard that have features) and ``feature_{layer}`` (bf16).
+the shard that have features) and ``feature_{layer}`` (bf16). In mode ``logprobs`` each shard has a second file with
+``logprobs`` (fp16, all tokens of the vocabulary).
 
 Readers address everything by the global response-token index of the split, never by shard or row. Shape suffixes:
 R response tokens of a split, N tokens asked for, E teacher width, U tokens of the vocabulary.
@@ -27,6 +28,7 @@ from torch import Tensor
 from entkd.entropy import Difficulty, Scale
 from entkd.errors import UserError
 from entkd.signals.content import FORMAT
+from entkd.workspace import buffer
 
 STATISTICS = ("entropy", "logsumexp", "target_logprob")
 
@@ -45,6 +47,8 @@ class SignalStore:
         """0-based teacher layers whose states are stored, shallow to deep; empty if none are."""
         self.has_inf_logits: bool = manifest["has_inf_logits"]
         """Whether a teacher logit is −inf: KL(q‖p) is infinite then, and an arm that contains it cannot be trained."""
+        self.has_logprobs: bool = manifest["content"]["settings"]["mode"] == "logprobs"
+        """Whether log-probabilities are stored, so that nobody has to project hidden states."""
         self._splits: dict[str, SplitSignals] = {}
 
     @classmethod
@@ -102,6 +106,8 @@ class SplitSignals:
         self._store = store
         entry = store.manifest["splits"][name]
         self._files = [safe_open(store.folder / shard, "pt") for shard in entry["shards"]]
+        if store.has_logprobs:
+            self._logprobs_files = [safe_open(store.folder / logprobs_file(shard), "pt") for shard in entry["shards"]]
         self._tensors: dict[tuple[int, str], Tensor] = {}
         lengths = np.zeros(entry["documents"], dtype=np.int64)
         self._shard_of_document = np.full(len(lengths), -1, dtype=np.int64)
@@ -143,7 +149,18 @@ class SplitSignals:
             If an index is outside the split.
         """
         shard_N, row_N = self._locate(tokens_N)
-        return self._gather("hidden", shard_N, row_N)
+        gathered_NE = torch.empty(len(shard_N), self._store.width, dtype=torch.bfloat16)
+        return self._gather("hidden", shard_N, row_N, gathered_NE)
+
+    def logprobs(self, tokens_N: Tensor | NDArray[np.int64]) -> Tensor:
+        """(N, U) fp16 log-probabilities at T = 1 of the tokens with these global indices, in nats.
+
+        In a buffer that is valid until the next call. Raises IndexError if an index is outside the split.
+        """
+        shard_N, row_N = self._locate(tokens_N)
+        shape = (len(shard_N), self._store.vocab_size)
+        gathered_NU = buffer("stored log-probabilities", shape, torch.float16, torch.device("cpu"))
+        return self._gather("logprobs", shard_N, row_N, gathered_NU)
 
     def has_features(self, tokens_N: Tensor | NDArray[np.int64]) -> Tensor:
         """(N,) bool: whether the feature-layer states of these tokens are stored."""
@@ -172,7 +189,8 @@ class SplitSignals:
                 f"those of tokens: {features['tokens']}, threshold: {features['threshold']}, in split train; "
                 "write one with the features that the method needs"
             )
-        return self._gather(f"feature_{layer}", shard_N, row_N)
+        gathered_NE = torch.empty(len(shard_N), self._store.width, dtype=torch.bfloat16)
+        return self._gather(f"feature_{layer}", shard_N, row_N, gathered_NE)
 
     @cached_property
     def _feature_row_R(self) -> NDArray[np.int64]:
@@ -194,12 +212,15 @@ class SplitSignals:
         row_N = self._row_of_document[document_N] + tokens - self.response_offsets[document_N]
         return self._shard_of_document[document_N], row_N
 
-    def _gather(self, name: str, shard_N: NDArray[np.int64], row_N: NDArray[np.int64]) -> Tensor:
-        gathered_NE = torch.empty(len(shard_N), self._store.width, dtype=torch.bfloat16)
+    def _gather(self, name: str, shard_N: NDArray[np.int64], row_N: NDArray[np.int64], out: Tensor) -> Tensor:
         for index in np.unique(shard_N).tolist():
             mine = np.flatnonzero(shard_N == index)
-            gathered_NE[torch.from_numpy(mine)] = self._tensor(index, name)[torch.from_numpy(row_N[mine])]
-        return gathered_NE
+            rows = torch.from_numpy(row_N[mine])
+            if len(mine) == len(out):  # all from one shard, as in most steps: no copy in between
+                torch.index_select(self._tensor(index, name), 0, rows, out=out)
+            else:
+                out[torch.from_numpy(mine)] = self._tensor(index, name)[rows]
+        return out
 
     def _statistic(self, name: str) -> Tensor:
         statistic_R = torch.empty(len(self), dtype=torch.float32)
@@ -210,8 +231,14 @@ class SplitSignals:
     def _tensor(self, index: int, name: str) -> Tensor:
         """One tensor of one shard. It is mapped, not read: only the rows that are touched come into memory."""
         if (index, name) not in self._tensors:
-            self._tensors[index, name] = self._files[index].get_tensor(name)  # type: ignore[no-untyped-call]
+            file = self._logprobs_files[index] if name == "logprobs" else self._files[index]
+            self._tensors[index, name] = file.get_tensor(name)  # type: ignore[no-untyped-call]
         return self._tensors[index, name]
+
+
+def logprobs_file(shard: str) -> str:
+    """The file of the log-probabilities that belong to a shard's file."""
+    return f"logprobs-{shard}"
 
 
 def response_tokens(response_offsets: NDArray[np.int64], documents: NDArray[np.int64]) -> NDArray[np.int64]:

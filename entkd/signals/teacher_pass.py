@@ -24,6 +24,7 @@ from entkd.errors import UserError
 from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
 from entkd.signals.content import feature_layers
 from entkd.signals.store import STATISTICS, response_tokens
+from entkd.workspace import buffer
 
 TILE_ELEMENTS = 2**24
 """Logits in a tile: 64 MiB of fp32."""
@@ -47,6 +48,8 @@ class PassResult:
     features: dict[int, Tensor]
     """Layer → bf16 states of these rows."""
     has_inf_logits: bool
+    logprobs_RU: Tensor | None
+    """fp16, nats; None where they are not kept. In a file of their own, as they are many times all else."""
 
     def keep_features(self, select: Select) -> None:
         """Drop the features of rows that are not selected."""
@@ -81,6 +84,8 @@ class TeacherPass:
         Precision of the trunk. The output projection is always computed in fp32.
     batch_tokens
         Tokens in one forward pass.
+    keep_logprobs
+        Whether the log-probabilities are kept too.
 
     Raises
     ------
@@ -96,6 +101,7 @@ class TeacherPass:
         dtype: torch.dtype,
         device: torch.device,
         batch_tokens: int,
+        keep_logprobs: bool,
         advance: Callable[[int], None],
     ) -> None:
         model = load_model(folder, dtype="auto")
@@ -109,6 +115,7 @@ class TeacherPass:
         self._head_device_UE = self.head_UE.to(device=device, dtype=torch.float32)
         self._device = device
         self._batch_tokens = batch_tokens
+        self._keep_logprobs = keep_logprobs
         self._advance = advance
 
     @torch.inference_mode()
@@ -122,15 +129,17 @@ class TeacherPass:
         tokens_R = response_tokens(corpus.response_offsets, documents)
         statistics = {name: torch.empty(len(tokens_R)) for name in STATISTICS}
         hidden_RE = torch.empty(len(tokens_R), self.head_UE.shape[1], dtype=torch.bfloat16)
+        vocab_size = len(self.head_UE)
+        logprobs_RU = torch.empty(len(tokens_R), vocab_size, dtype=torch.float16) if self._keep_logprobs else None
         rows: list[Tensor] = []
         states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         has_inf_logits = False
         for blocks, length in plan_batches(corpus.lengths, documents, self._batch_tokens):
             batch = collate(corpus, blocks, length, pad_id=0).to(self._device)
-            hidden_NE, captured, found, inf = self._forward(batch, layers)
+            row_N = torch.from_numpy(np.searchsorted(tokens_R, batch.tokens_N.cpu().numpy()))
+            hidden_NE, captured, found, inf = self._forward(batch, layers, logprobs_RU, row_N)
             has_inf_logits |= inf
             self._refuse_non_finite(batch, [found["logsumexp"], *captured.values()], corpus, data, split)
-            row_N = torch.from_numpy(np.searchsorted(tokens_R, batch.tokens_N.cpu().numpy()))
             for name, values_N in found.items():
                 statistics[name][row_N] = values_N.cpu()
             hidden_RE[row_N] = hidden_NE.to(torch.bfloat16).cpu()
@@ -151,15 +160,18 @@ class TeacherPass:
             feature_rows,
             {layer: torch.cat(parts)[order] for layer, parts in states.items()},
             has_inf_logits,
+            logprobs_RU,
         )
 
     def _forward(
-        self, batch: Batch, layers: tuple[int, ...]
+        self, batch: Batch, layers: tuple[int, ...], logprobs_RU: Tensor | None, row_N: Tensor
     ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
         hidden_BLE, captured = trunk_forward(self._model, batch.input_ids_BL, batch.position_ids_BL, capture=layers)
         hidden_NE = hidden_BLE.flatten(0, 1)[batch.positions_N]
         states = {layer: captured[layer].flatten(0, 1)[batch.positions_N] for layer in layers}
-        statistics, has_inf_logits = token_statistics(hidden_NE, self._head_device_UE, batch.labels_N)
+        statistics, has_inf_logits = token_statistics(
+            hidden_NE, self._head_device_UE, batch.labels_N, logprobs_RU, row_N
+        )
         return hidden_NE, states, statistics, has_inf_logits
 
     def _refuse_non_finite(self, batch: Batch, outputs: list[Tensor], corpus: Corpus, data: Path, split: str) -> None:
@@ -178,22 +190,32 @@ class TeacherPass:
             )
 
 
-def token_statistics(hidden_NE: Tensor, head_UE: Tensor, target_N: Tensor) -> tuple[dict[str, Tensor], bool]:
+def token_statistics(
+    hidden_NE: Tensor,
+    head_UE: Tensor,
+    target_N: Tensor,
+    logprobs_RU: Tensor | None = None,
+    row_N: Tensor | None = None,
+) -> tuple[dict[str, Tensor], bool]:
     """Entropy, logsumexp and log-probability of the target, (N,) fp32 in nats, and whether any logit is −inf.
 
     The hidden state is used as it comes, before any rounding for storage; logits are fp32 and exist for one
-    tile of tokens at a time.
+    tile of tokens at a time. The log-probabilities go into the rows ``row_N`` of ``logprobs_RU``, where given.
     """
     tile = max(1, TILE_ELEMENTS // len(head_UE))
     found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
     has_inf_logits = False
-    for part, target in zip(torch.split(hidden_NE, tile), torch.split(target_N, tile), strict=True):
-        logits_NU = part.float() @ head_UE.T
+    for start in range(0, len(hidden_NE), tile):
+        part, target = hidden_NE[start : start + tile].float(), target_N[start : start + tile]
+        logits_NU = buffer("logits", (len(part), len(head_UE)), torch.float32, part.device)
+        torch.mm(part, head_UE.T, out=logits_NU)
         logsumexp_N = logits_NU.logsumexp(dim=1)
         found["entropy"].append(token_entropy(logits_NU))
         found["logsumexp"].append(logsumexp_N)
         found["target_logprob"].append(logits_NU.gather(1, target[:, None])[:, 0] - logsumexp_N)
         has_inf_logits |= bool(torch.isneginf(logits_NU.amin()))
+        if logprobs_RU is not None and row_N is not None:
+            logprobs_RU[row_N[start : start + tile]] = (logits_NU - logsumexp_N[:, None]).half().cpu()
     return {name: torch.cat(parts) for name, parts in found.items()}, has_inf_logits
 
 

@@ -101,7 +101,10 @@ def _compare(
         hidden_BLE, _ = trunk_forward(model, ids_L[None], torch.arange(len(ids), device=device)[None])
         exact_NU = torch.log_softmax(hidden_BLE[0, prompt_length - 1 : -1].float() @ head_UE.T, dim=1)
         tokens = np.arange(corpus.response_offsets[document], corpus.response_offsets[document + 1])
-        stored_NU = torch.log_softmax(signals.hidden(tokens).to(device).float() @ stored_head_UE.T, dim=1)
+        if store.has_logprobs:
+            stored_NU = signals.logprobs(tokens).to(device).float()
+        else:
+            stored_NU = torch.log_softmax(signals.hidden(tokens).to(device).float() @ stored_head_UE.T, dim=1)
         target_N = exact_NU.gather(1, ids_L[prompt_length:, None])[:, 0].cpu()
         found = {
             "error of the entropy": signals.entropy_R[tokens] - torch.special.entr(exact_NU.exp()).sum(1).cpu(),

@@ -29,7 +29,7 @@ from entkd.runtime import device_slot, numpy_stream, resolve_dtype
 from entkd.signals.content import FORMAT, content_key, describe_content
 from entkd.signals.files import read_header, write_tensors
 from entkd.signals.histogram import write_entropy_csv
-from entkd.signals.store import SignalStore
+from entkd.signals.store import SignalStore, logprobs_file
 from entkd.signals.teacher_pass import PassResult, Select, TeacherPass
 
 HEAD, CALIBRATION, MANIFEST = "head.safetensors", "calibration.safetensors", "manifest.json"
@@ -50,6 +50,11 @@ class Shard:
     def file(self) -> str:
         """Name in the store's folder."""
         return f"{self.split}-{self.index:05d}.safetensors"
+
+    @property
+    def logprobs_file(self) -> str:
+        """Name of the file of its log-probabilities, where they are kept."""
+        return logprobs_file(self.file)
 
 
 def write_signals(
@@ -156,7 +161,8 @@ def _fill(
         leftover.unlink()
     needs = content["needs"]
     shards = plan_shards(settings, needs["splits"], data)
-    whole = {shard.file for shard in shards if _is_whole(folder, shard, key)}
+    keep_logprobs = settings.mode == "logprobs"
+    whole = {shard.file for shard in shards if _is_whole(folder, shard, key, keep_logprobs)}
     calibrated = (read_header(folder / CALIBRATION) or {}).get("key") == key
     if not calibrated:  # its shards, if any, were filtered by another difficulty
         whole -= {shard.file for shard in shards if shard.calibration}
@@ -164,11 +170,28 @@ def _fill(
     missing = [shard for shard in shards if shard.file not in whole]
     total = sum(int(lengths[shard.split][shard.documents].sum()) for shard in missing)
     with Progress("teacher signals", total, "token") as progress:
-        run = TeacherPass(teacher, content["vocab_size"], needs, dtype, device, settings.batch_tokens, progress.advance)
+        run = TeacherPass(
+            teacher,
+            content["vocab_size"],
+            needs,
+            dtype,
+            device,
+            settings.batch_tokens,
+            keep_logprobs,
+            progress.advance,
+        )
+
+        def result_of(shard: Shard, select: Select | None) -> PassResult:
+            result = run.run(data, shard.split, shard.documents, select)
+            if result.logprobs_RU is not None:  # written at once: all else of a shard may wait in memory
+                write_tensors(folder / shard.logprobs_file, {"logprobs": result.logprobs_RU}, _header(shard, key))
+                result.logprobs_RU = None
+            return result
+
         write_tensors(folder / HEAD, {"weight": run.head_UE}, {"key": key})
         fresh = [] if calibrated else [shard for shard in shards if shard.calibration]
         # Their features wait in memory, unfiltered, until the difficulty that filters them is fitted.
-        held = [run.run(data, shard.split, shard.documents, None) for shard in fresh]
+        held = [result_of(shard, None) for shard in fresh]
         if not calibrated:
             entropy_N = torch.cat([result.statistics["entropy"] for result in held])
             write_tensors(folder / CALIBRATION, Difficulty.fit(entropy_N).state(), {"key": key})
@@ -178,7 +201,7 @@ def _fill(
                 result.keep_features(select)
             _write_shard(folder, shard, result, key)
         for shard in missing[len(fresh) :]:
-            _write_shard(folder, shard, run.run(data, shard.split, shard.documents, select), key)
+            _write_shard(folder, shard, result_of(shard, select), key)
     manifest = _describe_store(folder, key, content, shards)
     manifest["feature_layers"] = list(run.layers)
     manifest["summary"] |= {
@@ -190,14 +213,19 @@ def _fill(
     write_json(folder / MANIFEST, manifest)
 
 
-def _is_whole(folder: Path, shard: Shard, key: str) -> bool:
+def _is_whole(folder: Path, shard: Shard, key: str, keep_logprobs: bool) -> bool:
     """Whether the shard is there. Files get their final name when they are complete, and say what they are."""
-    header = read_header(folder / shard.file)
-    return header is not None and (header["key"], header["split"], header["index"]) == (key, shard.split, shard.index)
+    names = [shard.file, shard.logprobs_file] if keep_logprobs else [shard.file]
+    headers = [read_header(folder / name) for name in names]
+    return all(header is not None and _header(shard, key).items() <= header.items() for header in headers)
+
+
+def _header(shard: Shard, key: str) -> dict[str, Any]:
+    return {"key": key, "split": shard.split, "index": shard.index}
 
 
 def _write_shard(folder: Path, shard: Shard, result: PassResult, key: str) -> None:
-    header = {"key": key, "split": shard.split, "index": shard.index, "has_inf_logits": result.has_inf_logits}
+    header = _header(shard, key) | {"has_inf_logits": result.has_inf_logits}
     write_tensors(folder / shard.file, result.tensors(), header)
 
 
@@ -229,10 +257,12 @@ def _describe_store(folder: Path, key: str, content: dict[str, Any], shards: lis
         entry["response_tokens"] += len(tensors["entropy"])
         entry["shards"].append(shard.file)
     names = [HEAD, CALIBRATION, *(shard.file for shard in shards)]
+    if content["settings"]["mode"] == "logprobs":
+        names += [shard.logprobs_file for shard in shards]
     files: dict[str, Any] = {
         name: {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size} for name in names
     }
-    shard_bytes = sum(files[shard.file]["bytes"] for shard in shards)
+    shard_bytes = sum(entry["bytes"] for name, entry in files.items() if name not in (HEAD, CALIBRATION))
     return {
         "format": FORMAT,
         "key": key,

@@ -37,7 +37,7 @@ def test_targets_follow_the_token_not_the_batch(tiny) -> None:
                 micro.weight_N.tolist(),
                 micro.temperature_N.tolist(),
                 hard.tolist(),
-                micro.teacher_hidden_NE.float().tolist(),
+                micro.teacher_NE().float().tolist(),
                 strict=True,
             )
             found |= {token: (round(w, 5), t, h, z) for token, w, t, h, z in rows}
@@ -77,7 +77,7 @@ def test_method_without_signals_reads_none(tiny) -> None:
         [collate(corpus, [np.arange(3)], 256, 2)], 0.5
     )
     assert step.positions == int(corpus.response_lengths[:3].sum())
-    assert step.micro_batches[0].teacher_hidden_NE is None
+    assert step.micro_batches[0].teacher_NE is None
 
 
 def test_refusals_name_the_setting(tiny, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from entkd.models import (
     prepare_teacher,
     save_model,
     trunk_forward,
+    use_sparse_embedding_gradient,
     vocab_rows,
 )
 
@@ -314,3 +315,19 @@ def test_hub_code_reads_a_repository(tiny_teacher: Path, tmp_path: Path) -> None
     expected = load_model(tiny_teacher).state_dict()
     for name, weight in load_model(tmp_path / "student").state_dict().items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_sparse_gradient_of_a_tied_embedding_sums_to_the_dense_one(tied: bool) -> None:
+    ids = torch.tensor([[3, 5, 3, 7]])
+    gradients = []
+    for sparse in (False, True):
+        model = tiny_llama(tie_word_embeddings=tied)
+        if sparse:
+            use_sparse_embedding_gradient(model)
+        assert model.model.embed_tokens.sparse == (sparse and tied)
+        hidden, _ = trunk_forward(model, ids, torch.arange(4)[None])
+        (hidden @ output_weight(model).T).square().mean().backward()
+        gradients.append(model.model.embed_tokens.weight.grad)
+    assert not gradients[1].is_sparse  # optimizers need it dense
+    torch.testing.assert_close(gradients[1], gradients[0])

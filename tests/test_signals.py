@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from signal_cases import ALL, HARD, SETTINGS, as_teacher, direct
+from signal_cases import ALL, HARD, SETTINGS, as_teacher, direct, tree
 from tiny_models import tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -28,6 +28,7 @@ from entkd.signals import SignalStore
 from entkd.signals.content import describe_content
 from entkd.signals.store import response_tokens
 from entkd.signals.teacher_pass import token_statistics
+from entkd.signals.verify import verify
 from entkd.signals.write import plan_shards, write_signals
 
 
@@ -62,6 +63,30 @@ def test_signals_equal_a_direct_fp64_computation(written, teacher, tiny_corpus, 
     assert hidden.dtype == torch.bfloat16
     # bf16 keeps 8 bits: half a unit in the last place is 2^-9 of the value
     np.testing.assert_allclose(hidden.float().numpy(), expected["hidden"], rtol=2**-8, atol=1e-5)
+
+
+def test_kept_log_probabilities_are_those_of_the_model(teacher, tiny_corpus, tmp_path):
+    """In any order, across shards, by the model's own logits in fp64; an interruption continues."""
+    settings = SETTINGS.model_copy(update={"mode": "logprobs"})
+    manifest = tmp_path / "manifest.json"
+    write_signals(settings, HARD, teacher, tiny_corpus, tmp_path / "cache", manifest, "fp32")
+    store = SignalStore.open(manifest)
+    assert store.has_logprobs
+    expected = direct(teacher, tiny_corpus, "train")
+    head = LlamaForCausalLM.from_pretrained(teacher / "model", dtype=torch.float64).lm_head.weight
+    logits = torch.from_numpy(expected["hidden"]) @ head[: store.vocab_size].detach().T
+    tokens = torch.randperm(len(logits), generator=torch.Generator().manual_seed(0))
+    found = store.split("train").logprobs(tokens)
+    assert found.dtype == torch.float16
+    # fp16 keeps 11 bits: half a unit in the last place is 2^-11 of the value at most
+    np.testing.assert_allclose(found.double(), logits.log_softmax(-1)[tokens], rtol=2**-10, atol=1e-4)
+    shard = store.folder / "logprobs-train-00001.safetensors"
+    before = tree(store.folder)
+    assert shard.name in before
+    shard.unlink()
+    write_signals(settings, HARD, teacher, tiny_corpus, tmp_path / "cache", manifest, "fp32")
+    assert tree(store.folder) == before
+    assert verify(manifest, teacher, tiny_corpus, 4) == 0
 
 
 def test_statistics_come_from_the_unrounded_hidden_state(written, teacher, tiny_corpus):

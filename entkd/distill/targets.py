@@ -17,7 +17,7 @@ from torch import Tensor
 
 from entkd.components import token_plan
 from entkd.config import Method
-from entkd.config.method import JSD, Divergence, SkewReverseKL
+from entkd.config.method import JSD, TVD, Divergence, SkewReverseKL
 from entkd.data import Corpus
 from entkd.data.packing import Batch
 from entkd.distill.objective import MicroBatch
@@ -132,12 +132,22 @@ class TeacherTargets:
     def _distribution(self, batch: Batch) -> Tensor:
         """Log-probabilities where they are stored, else hidden states."""
         assert self.store is not None
-        return self.split.logprobs(batch.tokens_N) if self.store.has_logprobs else self.split.hidden(batch.tokens_N)
+        return self.split.logprobs(batch.tokens_N) if self._reads_logprobs else self.split.hidden(batch.tokens_N)
+
+    @property
+    def _reads_logprobs(self) -> bool:
+        """Whether the stored log-probabilities serve the method.
+
+        Total variation has a gradient that jumps where p = q: fp16 moves enough tokens over the jump to change it by
+        5 % where student and teacher are close, so that its teacher comes from the hidden states.
+        """
+        divergence = self.method.divergence
+        return self.store is not None and self.store.has_logprobs and not isinstance(divergence, TVD)
 
     @property
     def head_UE(self) -> Tensor | None:
         """The output projection for the teacher's hidden states, where they need one."""
-        if self.store is None or self.store.has_logprobs or self.method.divergence is None:
+        if self.store is None or self._reads_logprobs or self.method.divergence is None:
             return None
         return self.store.head_UE
 

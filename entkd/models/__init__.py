@@ -14,6 +14,7 @@ from entkd.models.access import (
     save_model,
     trunk,
     trunk_forward,
+    use_sparse_embedding_gradient,
     vocab_rows,
     weights_sha256,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "save_model",
     "trunk",
     "trunk_forward",
+    "use_sparse_embedding_gradient",
     "vocab_rows",
     "weights_sha256",
 ]

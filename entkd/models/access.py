@@ -130,6 +130,17 @@ def output_weight(model: PreTrainedModel) -> nn.Parameter:
     return weight
 
 
+def use_sparse_embedding_gradient(model: PreTrainedModel) -> None:
+    """Let an embedding that is also the output projection add its rows' gradients to those of the projection.
+
+    By default its gradient is a dense tensor of the weight's size, zero but for the rows of the tokens at hand. The sum
+    of both is dense, as optimizers need it; an embedding of its own is left alone, since its gradient would be sparse.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.weight is output_weight(model):
+        embedding.sparse = True
+
+
 def trunk_forward(
     model: PreTrainedModel,
     input_ids_BL: torch.Tensor,

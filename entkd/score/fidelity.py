@@ -23,7 +23,7 @@ from entkd.score.items import ratio_items
 from entkd.signals import SignalStore
 
 VERSION = "1"
-_BLOCK = 1024
+_BLOCK = 512
 """Tokens in a packed row, or the longest document if that is longer."""
 
 

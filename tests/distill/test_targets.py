@@ -120,3 +120,24 @@ def test_micro_batches_must_share_out_evenly() -> None:
     assert World(1, 2).share(["a", "b", "c", "d"]) == ["b", "d"]
     with pytest.raises(UserError, match="blocks_per_step"):
         World(0, 2).share(["a", "b", "c"])
+
+
+def test_log_probabilities_are_read_where_they_are_stored(tiny, tmp_path) -> None:
+    """They are those of the hidden states; total variation reads hidden states, each micro-batch its own rows."""
+    settings = Signals(mode="logprobs", calibration_tokens=150, shard_tokens=120, batch_tokens=96)
+    needs = {"features": None, "splits": ["train"]}
+    write_signals(settings, needs, tiny.teacher, tiny.data, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    corpus = Corpus.open(tiny.data, "train")
+    batches = [collate(corpus, [np.asarray(documents)], 256, 2) for documents in ([3, 8], [21])]
+    hidden = TeacherTargets(
+        Method.model_validate({"divergence": "tvd"}), tmp_path / "manifest.json", tiny.data, corpus, 0
+    )
+    stored = TeacherTargets(
+        Method.model_validate({"divergence": "forward_kl"}), tmp_path / "manifest.json", tiny.data, corpus, 0
+    )
+    assert stored.head_UE is None
+    for computed, read in zip(
+        hidden.step(batches, 0.5).micro_batches, stored.step(batches, 0.5).micro_batches, strict=True
+    ):
+        logits = computed.teacher().float() @ hidden.head_UE.float().T
+        torch.testing.assert_close(read.teacher().float(), logits.log_softmax(-1), atol=5e-2, rtol=5e-3)

@@ -84,6 +84,14 @@ class Killed(BaseException):
     """Stands for a signal that ends the process."""
 
 
+def test_results_may_be_a_link_to_another_disk(written, teacher, tiny_corpus, tmp_path):
+    (tmp_path / "elsewhere/deep/er").mkdir(parents=True)
+    (tmp_path / "results").symlink_to(tmp_path / "elsewhere/deep/er")
+    output = tmp_path / "results/signals/manifest.json"
+    write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", output, "fp32")
+    assert tree(SignalStore.open(output).folder) == tree(SignalStore.open(written).folder)
+
+
 @pytest.mark.parametrize("shards_before", [0, 1, 4])
 def test_an_interrupted_write_continues_at_the_last_whole_shard(
     written, teacher, tiny_corpus, tmp_path, forwards, monkeypatch, shards_before

@@ -97,8 +97,8 @@ def write_signals(
                 _fill(folder, key, content, settings, teacher, data, dtype, device)
     output.parent.mkdir(parents=True, exist_ok=True)
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    # Relative, so that a project folder can be moved with its cache.
-    pointer = {"store": os.path.relpath(folder, output.parent), "key": key}
+    # Relative, so that a project folder can be moved with its cache; between real paths, as either may be a link.
+    pointer = {"store": os.path.relpath(folder.resolve(), output.parent.resolve()), "key": key}
     shown = ("vocab_size", "width", "feature_layers", "has_inf_logits", "summary")
     store = SignalStore(folder, manifest)
     write_entropy_csv(output.parent / "entropy.csv", store.split("train").entropy_R, store.difficulty())

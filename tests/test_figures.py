@@ -190,6 +190,28 @@ def test_no_text_is_clipped_and_no_tick_labels_touch(size: tuple[int, int, int],
         assert not one.overlaps(other)
 
 
+@pytest.mark.parametrize("name", ["forest", "tasks"])
+def test_many_tasks_with_long_names_keep_their_room_above_two_arms(name: str) -> None:
+    parts = study_of(*SIZES[0])
+    arms = [parts["settings"]["analysis"]["reference"], *(arm["name"] for arm in parts["settings"]["arms"])]
+    parts["settings"]["arms"] = [arm for arm in parts["settings"]["arms"] if arm["name"] in arms[:3]]
+    tasks = [f"blimp_coordinate_structure_constraint_object_extraction_{i}" for i in range(15)]
+    for frame in ("scores", "table"):
+        one = parts[frame][(parts[frame]["task"] == parts[frame]["task"].iloc[0])]
+        parts[frame] = pd.concat([one.assign(task=task) for task in tasks], ignore_index=True)
+    figure = draw(parts, name)
+    figure.draw_without_rendering()
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    titles = [ax._left_title.get_window_extent() for ax in figure.axes]
+    labels = [ax.xaxis.label.get_window_extent() for ax in figure.axes]
+    assert len(boxes) == 15
+    for text in [*titles, *labels]:
+        assert not any(text.overlaps(box) for box in boxes)
+        assert not any(text.overlaps(legend.get_window_extent()) for legend in figure.legends)
+    for title in titles:
+        assert not any(title.overlaps(label) for label in labels)
+
+
 def test_forest_shows_the_tables_differences_and_fills_claims() -> None:
     parts = study_of(12, 3, 5)
     figure = draw(parts, "forest")

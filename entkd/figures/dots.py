@@ -22,7 +22,7 @@ from entkd.figures.style import (
 
 def draw_tasks(study: Study) -> Figure:
     """Small dots are seeds, large markers their mean; lines are the teacher and the untrained student."""
-    figure, panels = task_panels(study.tasks, [arm.name for arm in study.arms], margin=0.5)
+    figure, panels = task_panels(study.tasks, [arm.name for arm in study.arms], "{unit}", margin=0.5)
     for ax, task in panels:
         _draw_panel(ax, task, task.of(study.scores), study)
     roles = {arm.role: arm for arm in study.arms}

@@ -114,7 +114,7 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
 
 def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence[Row], label: str) -> Figure:
     """One panel per task; the rows are shared. Better is always to the right."""
-    figure, panels = task_panels(study.tasks, [row.label for row in rows], margin=0.6)
+    figure, panels = task_panels(study.tasks, [row.label for row in rows], label, margin=0.6)
     for ax, task in panels:
         _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows)
         _label_panel(ax, task, label)

@@ -146,17 +146,29 @@ def number(frame: pd.DataFrame, row: str, column: str) -> float:
     return float(cell)
 
 
+LINE_HEIGHT = 0.14
+"""Inches of a line of text."""
+
+
 def grid_of(panels: int) -> tuple[int, int]:
     """Rows and columns of a balanced grid with at most five columns, the most that fit the text's width."""
     rows = -(-panels // 5)
     return rows, -(-panels // rows)
 
 
-def task_panels(tasks: Sequence[Task], rows: Sequence[str], margin: float) -> tuple[Figure, list[tuple[Axes, Task]]]:
-    """A figure with one panel per task and shared rows, the first row on top; ``margin`` inches are for the labels."""
+def task_panels(
+    tasks: Sequence[Task], rows: Sequence[str], label: str, margin: float
+) -> tuple[Figure, list[tuple[Axes, Task]]]:
+    """A figure with one panel per task and shared rows, the first row on top.
+
+    A band of panels is as high as its rows, the longest title and the longest axis label, which is made from ``label``;
+    ``margin`` inches are for what belongs to the whole figure.
+    """
     bands, columns = grid_of(len(tasks))
     width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
-    figure = Figure(figsize=(width, bands * (0.17 * len(rows) + 0.75) + margin), layout="constrained")
+    lines = sum(max(text.count("\n") + 1 for text in texts) for texts in _texts(tasks, label))
+    height = 0.17 * len(rows) + 0.35 + LINE_HEIGHT * lines
+    figure = Figure(figsize=(width, bands * height + margin), layout="constrained")
     axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
     for ax in axes.flat[len(tasks) :]:
         ax.set_visible(False)
@@ -164,6 +176,10 @@ def task_panels(tasks: Sequence[Task], rows: Sequence[str], margin: float) -> tu
         ax.set_yticks(range(len(rows)), rows)
         ax.set_ylim(len(rows) - 0.4, -0.6)
     return figure, list(zip(axes.flat, tasks, strict=False))
+
+
+def _texts(tasks: Sequence[Task], label: str) -> tuple[list[str], list[str]]:
+    return [task.title for task in tasks], [task.axis_label(label, "arrow") for task in tasks]
 
 
 def few_ticks(ax: Axes) -> None:

@@ -35,7 +35,5 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.de
     size = math.prod(shape) * dtype.itemsize
     kept = _kept.bytes.get(name)
     if kept is None or len(kept) < size:
-        # A tensor made in inference mode could not be written to outside it.
-        with torch.inference_mode(False):
-            kept = _kept.bytes[name] = torch.empty(size, dtype=torch.uint8)
+        kept = _kept.bytes[name] = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype).view(*shape)

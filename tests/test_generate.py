@@ -9,7 +9,7 @@ from scipy import stats
 from tiny_models import ending_early, tiny_llama
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from entkd.generate import _Inversion, choose, generate
+from entkd.generate import _first_above, _Inversion, choose, generate
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,12 @@ def test_two_levels_of_sums_draw_what_one_running_sum_does(vocabulary: int) -> N
         expected = np.searchsorted(running, grid.numpy() * running[-1], side="right")
         assert draw(torch.full((2000,), row), grid).tolist() == expected.tolist()
     assert (probs[[0, 1], draw(torch.arange(2), torch.full((2,), 1 - 2**-53, dtype=torch.float64))] > 0).all()
+
+
+def test_what_rounding_leaves_above_every_sum_is_the_last_token_that_has_a_probability() -> None:
+    cdf = torch.tensor([[0.2, 0.7, 0.7]], dtype=torch.float64)
+    wanted = torch.tensor([[0.0, 0.2, 0.7, 0.8]], dtype=torch.float64)
+    assert [int(_first_above(cdf, wanted[:, i : i + 1].contiguous())) for i in range(4)] == [0, 1, 1, 1]
 
 
 def test_continuations_stop_at_the_longest_length(tokenizer, prompts: list[list[int]]) -> None:

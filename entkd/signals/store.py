@@ -64,7 +64,7 @@ class SignalStore:
         if not path.is_file():
             raise UserError(f"{path}: no such manifest; run `entkd signals` first")
         pointer = json.loads(path.read_text(encoding="utf-8"))
-        folder = path.parent.resolve() / pointer["store"]
+        folder = path.parent / pointer["store"]
         if not (folder / "manifest.json").is_file():
             raise UserError(
                 f"{path}: points to {folder}, where no finished store is; delete {path} and run `entkd signals`"

@@ -128,7 +128,7 @@ def test_log_probabilities_are_read_where_they_are_stored(tiny, tmp_path) -> Non
     needs = {"features": None, "splits": ["train"]}
     write_signals(settings, needs, tiny.teacher, tiny.data, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
     corpus = Corpus.open(tiny.data, "train")
-    batches = [collate(corpus, [np.asarray(documents)], 256, 2) for documents in ([3, 8], [21])]
+    batches = [collate(corpus, [np.asarray(documents)], 256, 2) for documents in ([3, 8, 21], [5], [9])]
     hidden = TeacherTargets(
         Method.model_validate({"divergence": "tvd"}), tmp_path / "manifest.json", tiny.data, corpus, 0
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entkd.workspace import buffer
+from entkd.workspace import buffer, recycled
 
 TileTarget = Callable[[slice], Tensor]
 """Rows of the batch → what the loss compares their logits with, e.g. teacher logits (R, V) or labels (R,)."""
@@ -91,7 +91,7 @@ class _TiledLoss(torch.autograd.Function):
                 _cast(used_VD, product_dtype, "weight of products"),
             )
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
-            weight_grad_VD = torch.empty(weight_VD.shape, dtype=dtype, device=device) if wants[1] else None
+            weight_grad_VD = recycled(weight_VD.shape, dtype, device) if wants[1] else None
             if weight_grad_VD is not None:
                 weight_grad_VD[vocab_size if len(hidden_ND) else 0 :] = 0
             total = torch.zeros((), dtype=dtype, device=device)
@@ -103,19 +103,24 @@ class _TiledLoss(torch.autograd.Function):
                     hidden_grad_ND[tile] = grad_RV @ weight_product_VD
                 if weight_grad_VD is not None:
                     _add_product(weight_grad_VD[:vocab_size], grad_RV.T, hidden_product_ND[tile], tile.start == 0)
-        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
+        # Not by save_for_backward, which would go on holding the gradient that the backward pass gives away: autograd
+        # makes a gradient that nobody else holds the parameter's own, and copies any other.
+        ctx.gradients = [hidden_grad_ND, weight_grad_VD]
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a second tensor of the weight's size costs more than the multiplication. A second backward pass
-        # finds its saved tensors changed, which autograd refuses.
+        if not ctx.gradients:
+            raise RuntimeError("this loss was differentiated before: its gradients are given away; compute it again")
+        gradients, ctx.gradients = ctx.gradients, []
+        # In place: a second tensor of the weight's size costs more than the multiplication.
         hidden_grad_ND, weight_grad_VD = (
-            None if saved is None else saved.mul_(grad_output).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
+        gradients.clear()
         return hidden_grad_ND, weight_grad_VD, None, None, None, None, None
 
 

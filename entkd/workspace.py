@@ -20,6 +20,7 @@ class _Kept(threading.local):
 
     def __init__(self) -> None:
         self.bytes: dict[str, Tensor] = {}
+        self.recycled: dict[int, list[Tensor]] = {}
 
 
 _kept = _Kept()
@@ -37,3 +38,30 @@ def buffer(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.de
     if kept is None or len(kept) < size:
         kept = _kept.bytes[name] = torch.empty(size, dtype=torch.uint8)
     return kept[:size].view(dtype).view(*shape)
+
+
+def recycled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor of one's own, where possible in memory of an earlier one that no tensor uses any more.
+
+    Unlike a `buffer` it may be kept and handed on, as gradients are: its memory is given out again only once every
+    tensor that shares it is gone.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    pool = _kept.recycled.setdefault(size, [])
+    free = next((kept for kept in pool if _users(kept) == _UNUSED), None)
+    if free is None:
+        with torch.inference_mode(False):
+            free = torch.empty(size, dtype=torch.uint8)
+        pool.append(free)
+    return free.view(dtype).view(*shape)
+
+
+def _users(tensor: Tensor) -> int:
+    """References to the memory of a tensor, by whatever tensor."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+
+
+_UNUSED = _users(torch.empty(1))
+"""What `_users` says of memory that one tensor alone uses."""

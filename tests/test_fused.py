@@ -326,3 +326,20 @@ def test_statistics(monkeypatch):
     assert not any(tensor.requires_grad for tensor in result.values())
     assert 0 < result["agreement"].sum() < N
     assert all(len(tensor) == 0 for tensor in linear_statistics(h[:0], w, th[:0], tw).values())
+
+
+def test_gradients_of_a_loss_are_given_away_once() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    weight = torch.randn(7, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]))
+    loss.backward(retain_graph=True)
+    kept = weight.grad
+    expected = torch.nn.functional.cross_entropy(
+        (hidden @ weight.T).detach().requires_grad_(), torch.tensor([1, 2, 3]), reduction="sum"
+    )
+    torch.testing.assert_close(loss, expected)
+    before = kept.clone()
+    linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3]))  # made in memory of its own
+    assert torch.equal(kept, before)
+    with pytest.raises(RuntimeError, match="differentiated before"):
+        loss.backward()

@@ -31,6 +31,7 @@ from entkd.models import (
     assert_linear_head,
     assert_packing,
     decoder_layers,
+    gather_embedding_gradient,
     init_student,
     layer_points,
     load_model,
@@ -39,7 +40,6 @@ from entkd.models import (
     prepare_teacher,
     save_model,
     trunk_forward,
-    use_sparse_embedding_gradient,
     vocab_rows,
 )
 
@@ -318,16 +318,25 @@ def test_hub_code_reads_a_repository(tiny_teacher: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_sparse_gradient_of_a_tied_embedding_sums_to_the_dense_one(tied: bool) -> None:
+@pytest.mark.parametrize("padding_id", [None, 5])
+def test_gathered_gradient_of_an_embedding_is_that_of_autograd(tied: bool, padding_id: int | None) -> None:
     ids = torch.tensor([[3, 5, 3, 7]])
     gradients = []
-    for sparse in (False, True):
+    for gathered in (False, True):
         model = tiny_llama(tie_word_embeddings=tied)
-        if sparse:
-            use_sparse_embedding_gradient(model)
-        assert model.model.embed_tokens.sparse == (sparse and tied)
-        hidden, _ = trunk_forward(model, ids, torch.arange(4)[None])
-        (hidden @ output_weight(model).T).square().mean().backward()
+        model.model.embed_tokens.padding_idx = padding_id
+        if gathered:
+            gather_embedding_gradient(model)
+        for _ in range(2):  # micro-batches add up
+            hidden, _ = trunk_forward(model, ids, torch.arange(4)[None])
+            (hidden @ output_weight(model).T).square().mean().backward()
         gradients.append(model.model.embed_tokens.weight.grad)
-    assert not gradients[1].is_sparse  # optimizers need it dense
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_gathered_gradient_without_a_projection_is_refused() -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    gather_embedding_gradient(model)
+    hidden, _ = trunk_forward(model, torch.tensor([[3, 5]]), torch.arange(2)[None])
+    with pytest.raises(RuntimeError, match="no gradient to add"):
+        hidden.sum().backward()

@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from entkd.workspace import buffer
+from entkd.workspace import buffer, recycled
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,21 @@ def test_threads_have_their_own() -> None:
     thread.start()
     thread.join()
     assert len(set(pointers)) == 2
+
+
+def test_memory_is_recycled_only_once_no_tensor_uses_it() -> None:
+    first = recycled((3, 5), torch.float32, CPU)
+    row, pointer = first[1], first.data_ptr()
+    row.fill_(7)
+    del first
+    second = recycled((3, 5), torch.float32, CPU)  # the row is still there
+    assert second.data_ptr() != pointer
+    second.fill_(8)
+    assert (row == 7).all()
+    del row
+    assert recycled((5, 3), torch.float32, CPU).data_ptr() == pointer
+    parameter = torch.zeros(3, 5, requires_grad=True)
+    parameter.grad = second
+    del second
+    pointers = {recycled((3, 5), torch.float32, CPU).data_ptr() for _ in range(3)}
+    assert parameter.grad.data_ptr() not in pointers

@@ -33,7 +33,7 @@ from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates,
 from entkd.distill.outputs import write_outputs
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
-from entkd.models import load_model, load_tokenizer, use_sparse_embedding_gradient
+from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
 from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions
 
@@ -84,8 +84,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     targets = TeacherTargets(method, run.signals, run.data, corpus, seed)
     student = load_model(run.student).train()
     student.to(device)
-    if device.type == "cpu" and world.size == 1:  # DDP takes a module that says it is sparse at its word
-        use_sparse_embedding_gradient(student)
+    if device.type == "cpu" and world.size == 1:  # DDP adds up gradients before the rows are there
+        gather_embedding_gradient(student)
     objective = Objective(
         student,
         method,

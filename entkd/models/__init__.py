@@ -5,6 +5,7 @@ from entkd.models.access import (
     assert_linear_head,
     assert_packing,
     decoder_layers,
+    gather_embedding_gradient,
     layer_points,
     load_model,
     load_tokenizer,
@@ -14,7 +15,6 @@ from entkd.models.access import (
     save_model,
     trunk,
     trunk_forward,
-    use_sparse_embedding_gradient,
     vocab_rows,
     weights_sha256,
 )
@@ -26,6 +26,7 @@ __all__ = [
     "assert_linear_head",
     "assert_packing",
     "decoder_layers",
+    "gather_embedding_gradient",
     "init_student",
     "layer_points",
     "load_model",
@@ -37,7 +38,6 @@ __all__ = [
     "save_model",
     "trunk",
     "trunk_forward",
-    "use_sparse_embedding_gradient",
     "vocab_rows",
     "weights_sha256",
 ]

@@ -60,7 +60,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
 
 def _users(tensor: Tensor) -> int:
     """References to the memory of a tensor, by whatever tensor."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 _UNUSED = _users(torch.empty(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from entkd.data.corpus import Document, write_split
 from entkd.errors import UserError
 from entkd.signals import SignalStore
 from entkd.signals.content import describe_content
+from entkd.signals.files import RowReader, write_tensors
 from entkd.signals.store import response_tokens
 from entkd.signals.teacher_pass import token_statistics
 from entkd.signals.verify import verify
@@ -80,6 +82,8 @@ def test_kept_log_probabilities_are_those_of_the_model(teacher, tiny_corpus, tmp
     assert found.dtype == torch.float16
     # fp16 keeps 11 bits: half a unit in the last place is 2^-11 of the value at most
     np.testing.assert_allclose(found.double(), logits.log_softmax(-1)[tokens], rtol=2**-10, atol=1e-4)
+    in_order = store.split("train").logprobs(torch.arange(len(logits)))  # runs of rows, not one by one
+    np.testing.assert_allclose(in_order.double(), logits.log_softmax(-1), rtol=2**-10, atol=1e-4)
     shard = store.folder / "logprobs-train-00001.safetensors"
     before = tree(store.folder)
     assert shard.name in before
@@ -87,6 +91,25 @@ def test_kept_log_probabilities_are_those_of_the_model(teacher, tiny_corpus, tmp
     write_signals(settings, HARD, teacher, tiny_corpus, tmp_path / "cache", manifest, "fp32")
     assert tree(store.folder) == before
     assert verify(manifest, teacher, tiny_corpus, 4) == 0
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows_NU = torch.arange(24, dtype=torch.float16).view(6, 4)
+    write_tensors(tmp_path / "rows.safetensors", {"other": torch.ones(3), "rows": rows_NU}, {})
+    reader = RowReader(tmp_path / "rows.safetensors", "rows")
+    assert reader.shape == (6, 4)
+    out = torch.empty(2, 4, dtype=torch.float16)
+    for first in range(5):
+        reader.read(first, out)
+        assert torch.equal(out, rows_NU[first : first + 2])
+    with pytest.raises(ValueError, match="do not fit"):
+        reader.read(5, out)
+    with pytest.raises(ValueError, match="do not fit"):
+        reader.read(0, torch.empty(2, 4))
+    data = (tmp_path / "rows.safetensors").read_bytes()
+    os.truncate(tmp_path / "rows.safetensors", len(data) - 1)
+    with pytest.raises(EOFError, match="entkd signals verify"):
+        reader.read(4, out)
 
 
 def test_statistics_come_from_the_unrounded_hidden_state(written, teacher, tiny_corpus):

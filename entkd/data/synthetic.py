@@ -43,8 +43,11 @@ def synthetic_documents(
         model.to(device)  # type: ignore[arg-type]
         writer = _Writer(settings, formatter, model, dropped)
         while len(documents) < wanted:
-            requests = writer.requests(wanted - len(documents))
+            # Some to spare: in place of a dropped response, another would be written alone, as long as a whole batch.
+            missing = wanted - len(documents)
+            requests = writer.requests(missing + math.ceil(missing / 20))
             documents += writer.respond(requests, first=len(documents))
+    del documents[wanted:]
     # Later requests differ from all earlier ones, so consecutive slices would put the unusual ones into test.
     order = numpy_stream(settings.seed, "synthetic split").permutation(len(documents))
     documents = [documents[index] for index in order]

@@ -21,6 +21,7 @@ from entkd.models import output_weight, trunk_forward
 from entkd.names import FIDELITY
 from entkd.score.items import ratio_items
 from entkd.signals import SignalStore
+from entkd.tiles import slices, tile_rows
 
 VERSION = "1"
 _BLOCK = 512
@@ -91,16 +92,16 @@ def _per_token(
     for start in range(0, len(blocks), per_batch):
         batch = collate(corpus, blocks[start : start + per_batch], block, pad_id=0).to(model.device)
         hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
-        tokens_N = batch.tokens_N.cpu()
-        statistics = linear_statistics(
-            hidden_BLD.flatten(0, 1)[batch.positions_N],
-            weight_VD,
-            (teacher.hidden(tokens_N) if head_UE is not None else teacher.logprobs(tokens_N)).to(model.device),
-            head_UE,
-            vocab_size=store.vocab_size,
-        )
-        kl_R[tokens_N] = statistics["kl"].double().cpu()
-        agreement_R[tokens_N] = statistics["agreement"].double().cpu()
+        hidden_ND, tokens_N = hidden_BLD.flatten(0, 1)[batch.positions_N], batch.tokens_N.cpu()
+        # The teacher's side of a tile at a time: stored log-probabilities are as large as logits.
+        for tile in slices(len(tokens_N), tile_rows(store.vocab_size, model.device)):
+            tokens_R = tokens_N[tile]
+            teacher_R = teacher.logprobs(tokens_R) if head_UE is None else teacher.hidden(tokens_R)
+            statistics = linear_statistics(
+                hidden_ND[tile], weight_VD, teacher_R.to(model.device), head_UE, vocab_size=store.vocab_size
+            )
+            kl_R[tokens_R] = statistics["kl"].double().cpu()
+            agreement_R[tokens_R] = statistics["agreement"].double().cpu()
     return kl_R, agreement_R
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entkd.models import assert_linear_head, output_weight, trunk_forward, vocab_rows
 from entkd.progress import Progress
 from entkd.tiles import compute_dtype, piece_rows, slices, tile_rows
+from entkd.workspace import buffer
 
 
 @dataclass(frozen=True)
@@ -202,14 +203,19 @@ def label_logprobs(hidden_ND: Tensor, weight_VD: Tensor, source_M: Tensor, label
     logprob_M = torch.empty(len(label_M), dtype=dtype, device=device)
     greedy_M = torch.empty(len(label_M), dtype=torch.bool, device=device)
     for tile in slices(len(hidden_ND), tile_rows(vocabulary, device)):
-        logits_RV = (hidden_ND[tile] @ weight_VD.T).to(dtype)
-        pieces = [logits_RV[piece] for piece in slices(len(logits_RV), piece_rows(vocabulary, device))]
-        normaliser_R = torch.cat([piece.logsumexp(-1) for piece in pieces])
-        largest_R = torch.cat([piece.amax(-1) for piece in pieces])
+        hidden_RD = hidden_ND[tile]
+        logits_RV = buffer("logits", (len(hidden_RD), vocabulary), hidden_RD.dtype, device)
+        torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
+        normaliser_R = torch.empty(len(logits_RV), dtype=dtype, device=device)
+        largest_R = torch.empty_like(normaliser_R)
+        for piece in slices(len(logits_RV), piece_rows(vocabulary, device)):
+            piece_RV = buffer("piece", logits_RV[piece].shape, dtype, device).copy_(logits_RV[piece])
+            largest_R[piece] = piece_RV.amax(-1)
+            normaliser_R[piece] = piece_RV.logsumexp(-1)
         bounds = torch.searchsorted(sorted_M, torch.tensor([tile.start, tile.stop], device=device)).tolist()
         own_K = order_M[bounds[0] : bounds[1]]
         row_K = source_M[own_K] - tile.start
-        logit_K = logits_RV[row_K, label_M[own_K]]
+        logit_K = logits_RV[row_K, label_M[own_K]].to(dtype)
         logprob_M[own_K] = logit_K - normaliser_R[row_K]
         greedy_M[own_K] = logit_K == largest_R[row_K]
     return logprob_M, greedy_M

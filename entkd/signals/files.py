@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -55,3 +58,32 @@ def read_header(path: Path) -> dict[str, Any] | None:
             return header
     except (FileNotFoundError, SafetensorError, KeyError, json.JSONDecodeError):
         return None
+
+
+class RowReader:
+    """Rows of one matrix of a safetensors file, read into memory of the caller.
+
+    Mapped rows of a hundred kilobytes cost a page fault for every few of their pages, several times the copy itself,
+    and count as memory of the process.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # open for as long as the reader lives
+        with safe_open(path, "pt") as file:
+            self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
+        # A file is 8 bytes with the length of the header, the header (JSON), and the data that it points into.
+        (length,) = struct.unpack("<Q", self._file.read(8))
+        begin, end = json.loads(self._file.read(length))[name]["data_offsets"]
+        self._start, self._row_bytes = 8 + length + begin, (end - begin) // self.shape[0] if self.shape[0] else 0
+
+    def read(self, first: int, out: Tensor) -> None:
+        """Fill ``out``, contiguous rows of the file's own type, with the rows from ``first`` on."""
+        target = out.view(torch.uint8).numpy().reshape(-1).data
+        if len(target) != len(out) * self._row_bytes or first + len(out) > self.shape[0]:
+            raise ValueError(f"rows {first} to {first + len(out)} of {self.shape} do not fit {tuple(out.shape)}")
+        offset = self._start + first * self._row_bytes
+        while len(target):
+            count = os.preadv(self._file.fileno(), [target], offset)
+            if count == 0:
+                raise EOFError(f"{self._file.name} ends before its data do; run `entkd signals verify`")
+            target, offset = target[count:], offset + count

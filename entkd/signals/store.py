@@ -1,4 +1,4 @@
-"""Reader of the teacher signals, memory-mapped.
+"""Reader of the teacher signals, memory-mapped but for the log-probabilities.
 
 A store is a folder of safetensors files and a ``manifest.json``: ``head`` (the teacher's output projection),
 ``calibration`` (the state of the difficulty), and shards ``{split}-{index}`` that hold some documents each:
@@ -28,6 +28,7 @@ from torch import Tensor
 from entkd.entropy import Difficulty, Scale
 from entkd.errors import UserError
 from entkd.signals.content import FORMAT
+from entkd.signals.files import RowReader
 from entkd.workspace import buffer
 
 STATISTICS = ("entropy", "logsumexp", "target_logprob")
@@ -107,7 +108,7 @@ class SplitSignals:
         entry = store.manifest["splits"][name]
         self._files = [safe_open(store.folder / shard, "pt") for shard in entry["shards"]]
         if store.has_logprobs:
-            self._logprobs_files = [safe_open(store.folder / logprobs_file(shard), "pt") for shard in entry["shards"]]
+            self._logprobs = [RowReader(store.folder / logprobs_file(shard), "logprobs") for shard in entry["shards"]]
         self._tensors: dict[tuple[int, str], Tensor] = {}
         lengths = np.zeros(entry["documents"], dtype=np.int64)
         self._shard_of_document = np.full(len(lengths), -1, dtype=np.int64)
@@ -160,7 +161,12 @@ class SplitSignals:
         shard_N, row_N = self._locate(tokens_N)
         shape = (len(shard_N), self._store.vocab_size)
         gathered_NU = buffer("stored log-probabilities", shape, torch.float16, torch.device("cpu"))
-        return self._gather("logprobs", shard_N, row_N, gathered_NU)
+        # The response of a document is consecutive rows of one shard.
+        breaks = np.flatnonzero((np.diff(shard_N) != 0) | (np.diff(row_N) != 1)) + 1
+        for run in np.split(np.arange(len(shard_N)), breaks):
+            if len(run):
+                self._logprobs[int(shard_N[run[0]])].read(int(row_N[run[0]]), gathered_NU[run[0] : run[-1] + 1])
+        return gathered_NU
 
     def has_features(self, tokens_N: Tensor | NDArray[np.int64]) -> Tensor:
         """(N,) bool: whether the feature-layer states of these tokens are stored."""
@@ -231,8 +237,7 @@ class SplitSignals:
     def _tensor(self, index: int, name: str) -> Tensor:
         """One tensor of one shard. It is mapped, not read: only the rows that are touched come into memory."""
         if (index, name) not in self._tensors:
-            file = self._logprobs_files[index] if name == "logprobs" else self._files[index]
-            self._tensors[index, name] = file.get_tensor(name)  # type: ignore[no-untyped-call]
+            self._tensors[index, name] = self._files[index].get_tensor(name)  # type: ignore[no-untyped-call]
         return self._tensors[index, name]
 
 

@@ -23,12 +23,12 @@ import entkd.signals.teacher_pass
 import entkd.signals.write
 from entkd.config import Signals
 from entkd.data import Corpus
+from entkd.data.packing import plan_batches
 from entkd.errors import UserError
 from entkd.files import WriteError, file_sha256, locked
 from entkd.signals import SignalStore
 from entkd.signals.content import content_key, describe_content
 from entkd.signals.files import write_tensors
-from entkd.signals.teacher_pass import plan_batches
 from entkd.signals.verify import verify
 from entkd.signals.write import plan_shards, write_signals
 

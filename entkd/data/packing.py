@@ -107,6 +107,23 @@ def collate(corpus: Corpus, blocks: Sequence[Block], block: int, pad_id: int) ->
     )
 
 
+def plan_batches(
+    lengths: NDArray[np.int64], documents: NDArray[np.int64], batch_tokens: int
+) -> Iterator[tuple[list[Block], int]]:
+    """Forward passes over the documents: blocks and the length of a block.
+
+    Longest documents first, and a block is as long as the longest document of its own pass, so neighbours in a
+    pass are of like length and little of it is padding.
+    """
+    order = documents[np.argsort(-lengths[documents], kind="stable")]
+    while len(order):
+        block = int(lengths[order[0]])
+        rows = max(1, batch_tokens // block)
+        blocks = pack(lengths, block, order[:batch_tokens])[:rows]
+        yield blocks, block
+        order = order[sum(len(part) for part in blocks) :]
+
+
 def plan_steps(corpus: Corpus, settings: Training, seed: int) -> list[list[Block]]:
     """Which blocks each optimizer step sees: every step exactly ``blocks_per_step`` blocks.
 

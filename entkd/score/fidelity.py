@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from entkd.data import Corpus
-from entkd.data.packing import collate, pack
+from entkd.data.packing import collate, plan_batches
 from entkd.errors import UserError
 from entkd.fused import linear_statistics
 from entkd.models import output_weight, trunk_forward
@@ -24,8 +24,6 @@ from entkd.signals import SignalStore
 from entkd.tiles import slices, tile_rows
 
 VERSION = "1"
-_BLOCK = 512
-"""Tokens in a packed row, or the longest document if that is longer."""
 
 
 @torch.inference_mode()
@@ -84,13 +82,10 @@ def _per_token(
     teacher = store.split("test")
     kl_R = np.full(corpus.response_tokens, np.nan)
     agreement_R = np.full(corpus.response_tokens, np.nan)
-    block = max(_BLOCK, int(corpus.lengths[documents].max()))
-    blocks = pack(corpus.lengths, block, documents)
-    per_batch = max(1, batch_tokens // block)
     weight_VD = output_weight(model)
     head_UE = None if store.has_logprobs else store.head_UE.to(model.device)
-    for start in range(0, len(blocks), per_batch):
-        batch = collate(corpus, blocks[start : start + per_batch], block, pad_id=0).to(model.device)
+    for blocks, length in plan_batches(corpus.lengths, documents, batch_tokens):
+        batch = collate(corpus, blocks, length, pad_id=0).to(model.device)
         hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
         hidden_ND, tokens_N = hidden_BLD.flatten(0, 1)[batch.positions_N], batch.tokens_N.cpu()
         # The teacher's side of a tile at a time: stored log-probabilities are as large as logits.

@@ -7,7 +7,7 @@ of the result (response tokens in the order of the documents), E width, U tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from entkd.data import Corpus, read_texts
-from entkd.data.packing import Batch, Block, collate, pack
+from entkd.data.packing import Batch, collate, plan_batches
 from entkd.entropy import token_entropy
 from entkd.errors import UserError
 from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
@@ -217,20 +217,3 @@ def token_statistics(
         if logprobs_RU is not None and row_N is not None:
             logprobs_RU[row_N[start : start + tile]] = (logits_NU - logsumexp_N[:, None]).half().cpu()
     return {name: torch.cat(parts) for name, parts in found.items()}, has_inf_logits
-
-
-def plan_batches(
-    lengths: NDArray[np.int64], documents: NDArray[np.int64], batch_tokens: int
-) -> Iterator[tuple[list[Block], int]]:
-    """Forward passes over the documents: blocks and the length of a block.
-
-    Longest documents first, and a block is as long as the longest document of its own pass, so neighbours in a
-    pass are of like length and little of it is padding.
-    """
-    order = documents[np.argsort(-lengths[documents], kind="stable")]
-    while len(order):
-        block = int(lengths[order[0]])
-        rows = max(1, batch_tokens // block)
-        blocks = pack(lengths, block, order[:batch_tokens])[:rows]
-        yield blocks, block
-        order = order[sum(len(part) for part in blocks) :]

@@ -20,6 +20,8 @@ rule distill:
         arm=arms_of("distill"),
         seed=r"\d+",
     threads: THREADS
+    # Before scoring: at the end of an experiment the short jobs are left, and no core waits long for the last one.
+    priority: 1
     resources:
         gpu=GPUS,
         mem_mb=MEMORY_MB,

@@ -19,9 +19,9 @@ rule distill:
     wildcard_constraints:
         arm=arms_of("distill"),
         seed=r"\d+",
-    threads: THREADS
     # Before scoring: at the end of an experiment the short jobs are left, and no core waits long for the last one.
     priority: 1
+    threads: THREADS
     resources:
         gpu=GPUS,
         mem_mb=MEMORY_MB,

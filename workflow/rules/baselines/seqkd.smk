@@ -12,7 +12,7 @@ rule seqkd_data:
         manifest="<results>/data/<data>.seqkd/manifest.json",
     log:
         "<logs>/seqkd_data.log",
-    threads: THREADS # beside the training of the other arms
+    threads: THREADS  # beside the training of the other arms
     resources:
         gpu=GPUS,
         mem_mb=MEMORY_MB,

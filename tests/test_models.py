@@ -334,6 +334,23 @@ def test_gathered_gradient_of_an_embedding_is_that_of_autograd(tied: bool, paddi
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_an_embedding_that_scales_its_rows_is_left_alone() -> None:
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(ids)
+
+    model = tiny_llama(tie_word_embeddings=True)
+    scaled = Scaled(*model.model.embed_tokens.weight.shape)
+    scaled.weight = output_weight(model)
+    model.set_input_embeddings(scaled)
+    ids = torch.tensor([[3, 5]])
+    before, _ = trunk_forward(model, ids, torch.arange(2)[None])
+    embedded = model.get_input_embeddings()(ids)
+    gather_embedding_gradient(model)
+    assert torch.equal(model.get_input_embeddings()(ids), embedded)
+    assert torch.equal(trunk_forward(model, ids, torch.arange(2)[None])[0], before)
+
+
 def test_gathered_gradient_without_a_projection_is_refused() -> None:
     model = tiny_llama(tie_word_embeddings=True)
     gather_embedding_gradient(model)

@@ -135,10 +135,11 @@ def gather_embedding_gradient(model: PreTrainedModel) -> None:
 
     Autograd makes a dense tensor of the weight's size, zero but for the rows of the tokens at hand, and adds both:
     passes over fresh memory. Here the rows wait until the projection's gradient is there. A model whose embedding is a
-    weight of its own is left alone. Losses must read the projection: one without its gradient is refused.
+    weight of its own, or does more than look up rows (Gemma scales them), is left alone. Losses must read the
+    projection: one without its gradient is refused.
     """
     embedding = model.get_input_embeddings()
-    if not isinstance(embedding, nn.Embedding) or embedding.weight is not output_weight(model):
+    if type(embedding) is not nn.Embedding or embedding.weight is not output_weight(model):
         return
     weight, padding_id = embedding.weight, embedding.padding_idx
     waiting: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,9 +80,9 @@ class RowReader:
         target = out.view(torch.uint8).numpy().reshape(-1).data
         if len(target) != len(out) * self._row_bytes or first + len(out) > self.shape[0]:
             raise ValueError(f"rows {first} to {first + len(out)} of {self.shape} do not fit {tuple(out.shape)}")
-        offset = self._start + first * self._row_bytes
+        self._file.seek(self._start + first * self._row_bytes)
         while len(target):
-            count = os.preadv(self._file.fileno(), [target], offset)
+            count = self._file.readinto(target) or 0
             if count == 0:
                 raise EOFError(f"{self._file.name} ends before its data do; run `entkd signals verify`")
-            target, offset = target[count:], offset + count
+            target = target[count:]

@@ -52,8 +52,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
     pool = _kept.recycled.setdefault(size, [])
     free = next((kept for kept in pool if _users(kept) == _UNUSED), None)
     if free is None:
-        with torch.inference_mode(False):
-            free = torch.empty(size, dtype=torch.uint8)
+        free = torch.empty(size, dtype=torch.uint8)
         pool.append(free)
     return free.view(dtype).view(*shape)
 

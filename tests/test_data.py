@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
+import entkd.data.synthetic as synthetic_module
 from entkd.config import HubData, JsonData, SyntheticData
 from entkd.data import Corpus, prepare, read_texts
 from entkd.data.duplicates import NearDuplicates, word_trigrams
@@ -387,6 +388,22 @@ def test_synthetic_documents_keep_the_limits(synthetic: Path, tokenizer) -> None
 def test_synthetic_requests_hold_no_near_duplicates_in_any_two_splits(synthetic: Path) -> None:
     grams = [word_trigrams(text["user"]) for split in SPLITS for text in read_texts(synthetic, split)]
     assert all(jaccard(a, b) < 0.7 for index, a in enumerate(grams) for b in grams[:index])
+
+
+def test_a_dropped_response_is_replaced_without_another_round(
+    writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[int] = []
+    respond = synthetic_module._Writer.respond
+
+    def losing_one(self, requests, first):
+        rounds.append(len(requests))
+        return respond(self, requests, first)[1:]
+
+    monkeypatch.setattr(synthetic_module._Writer, "respond", losing_one)
+    manifest = prepare(SYNTHETIC, writer, tmp_path)
+    assert rounds == [12]  # one to spare for eleven
+    assert sum(entry["documents"] for entry in manifest["splits"].values()) == 11
 
 
 def test_synthetic_data_repeat_with_the_seed(synthetic: Path, writer: Path, tmp_path: Path) -> None:

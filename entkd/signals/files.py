@@ -76,7 +76,10 @@ class RowReader:
         self._start, self._row_bytes = 8 + length + begin, (end - begin) // self.shape[0] if self.shape[0] else 0
 
     def read(self, first: int, out: Tensor) -> None:
-        """Fill ``out``, contiguous rows of the file's own type, with the rows from ``first`` on."""
+        """Fill ``out``, (N, columns) contiguous and of the file's own type, with the rows from ``first`` on.
+
+        Raises ValueError where the file has not these rows or other ones, EOFError where it is cut short.
+        """
         target = out.view(torch.uint8).numpy().reshape(-1).data
         if len(target) != len(out) * self._row_bytes or first + len(out) > self.shape[0]:
             raise ValueError(f"rows {first} to {first + len(out)} of {self.shape} do not fit {tuple(out.shape)}")

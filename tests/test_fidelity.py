@@ -63,8 +63,9 @@ def expected(student, signals, tiny_corpus):
     )
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 5000])
-def test_values_equal_dense_fp64(student, signals, tiny_corpus, expected, batch_tokens):
+@pytest.mark.parametrize(("batch_tokens", "tile"), [(1, 256), (5000, 10_000), (5000, 7)])
+def test_values_equal_dense_fp64(student, signals, tiny_corpus, expected, batch_tokens, tile, monkeypatch):
+    monkeypatch.setattr("entkd.score.fidelity.tile_rows", lambda vocab, device: tile)
     scores, items = fidelity(student, tiny_corpus, signals, batch_tokens)
     found = pd.DataFrame(scores).set_index("metric")
     items = pd.DataFrame(items)
@@ -76,6 +77,19 @@ def test_values_equal_dense_fp64(student, signals, tiny_corpus, expected, batch_
         assert own["value"].mean() == pytest.approx(found.loc[metric, "value"], abs=1e-12)
         by_hand = documents[metric].sum() / documents.size().mean()
         np.testing.assert_allclose(own["value"], by_hand, rtol=1e-5, atol=1e-12)
+
+
+def test_stored_log_probabilities_give_the_values_of_the_hidden_states(
+    student, teacher, signals, tiny_corpus, tmp_path, monkeypatch
+):
+    settings = SETTINGS.model_copy(update={"mode": "logprobs"})
+    write_signals(settings, NEEDS, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
+    monkeypatch.setattr("entkd.score.fidelity.tile_rows", lambda vocab, device: 7)
+    found, _ = fidelity(student, tiny_corpus, tmp_path / "manifest.json", 5000)
+    expected, _ = fidelity(student, tiny_corpus, signals, 5000)
+    for one, other in zip(found, expected, strict=True):
+        assert one["metric"] == other["metric"]
+        assert one["value"] == pytest.approx(other["value"], rel=5e-3)  # fp16 here, bf16 there
 
 
 def test_standard_error_is_that_of_a_ratio(student, signals, tiny_corpus, expected):

@@ -343,3 +343,16 @@ def test_gradients_of_a_loss_are_given_away_once() -> None:
     assert torch.equal(kept, before)
     with pytest.raises(RuntimeError, match="differentiated before"):
         loss.backward()
+
+
+def test_two_losses_alive_at_once_keep_their_gradients() -> None:
+    """As cross-entropy beside distillation: neither writes over what the other has yet to give away."""
+    hidden = torch.randn(3, 4)
+    weight = torch.randn(7, 4, requires_grad=True)
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected = torch.autograd.grad(
+        sum(torch.nn.functional.cross_entropy(hidden @ weight.T, own, reduction="sum") for own in labels), weight
+    )[0]
+    losses = [linear_cross_entropy(hidden, weight, own) for own in labels]
+    sum(losses).backward()
+    torch.testing.assert_close(weight.grad, expected)

@@ -13,12 +13,11 @@ from entkd.config.method import (
     Temperature,
 )
 from entkd.config.scoring import Analysis, ReportedSuite, ReportedTask, Suite, Task
+from entkd.config.signals import SignalFeatures, Signals, SparseSignals
 from entkd.config.stages import (
     Data,
     HubData,
     JsonData,
-    SignalFeatures,
-    Signals,
     Student,
     SyntheticData,
     Teacher,
@@ -44,6 +43,7 @@ __all__ = [
     "Runtime",
     "SignalFeatures",
     "Signals",
+    "SparseSignals",
     "Student",
     "Suite",
     "SyntheticData",

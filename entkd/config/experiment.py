@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,8 @@ from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
 from entkd.config.scoring import Analysis, ReportedSuite
-from entkd.config.stages import Data, Signals, Slug, Student, Teacher, Training
+from entkd.config.signals import Signals, lacking_signals
+from entkd.config.stages import Data, Slug, Student, Teacher, Training
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
 
@@ -90,7 +90,11 @@ class Experiment(Settings):
         resolved = self.resolved_arms  # raises what is wrong with an arm
         if self.analysis.reference not in resolved:
             problems.append(unknown_name("analysis.reference", self.analysis.reference, resolved))
-        problems += [problem for arm in resolved.values() for problem in self._lacking_signals(arm)]
+        problems += [
+            f"arms.{arm.name}.{key}: {why}"
+            for arm in resolved.values()
+            for key, why in lacking_signals(arm.method, self.signals)
+        ]
         for name, suite in self.suites.items():
             named = [(task.name, task.metric) for task in suite.tasks]
             twice = next((pair for pair in named if named.count(pair) > 1), None)
@@ -103,28 +107,6 @@ class Experiment(Settings):
         if problems:
             raise ProblemsError(problems)
         return self
-
-    def _lacking_signals(self, arm: ResolvedArm) -> Iterator[str]:
-        """What an arm's feature loss needs and the signal store does not keep."""
-        wanted, stored = arm.method.features, self.signals.features
-        if wanted is None:
-            return
-        path = f"arms.{arm.name}.features"
-        if stored is None:
-            yield f"{path}: needs hidden states, and signals.features is null; set `signals: {{features: {{}}}}`"
-            return
-        if stored.points % wanted.points:
-            yield f"{path}.points: {wanted.points} does not divide signals.features.points {stored.points}; change one"
-        if stored.tokens == "hard" and wanted.tokens != "hard":
-            yield f"{path}.tokens: {wanted.tokens} needs `signals.features.tokens: all`"
-        elif stored.tokens == "hard" and arm.method.difficulty.scale != "rank":
-            scale = arm.method.difficulty.scale
-            yield f"{path}: hard tokens by difficulty.scale {scale} need `signals.features.tokens: all`"
-        elif stored.tokens == "hard" and wanted.threshold < stored.threshold:
-            yield (
-                f"{path}.threshold: {wanted.threshold} is below signals.features.threshold {stored.threshold}, under "
-                f"which no hidden states are stored; set `signals.features.threshold: {wanted.threshold}`"
-            )
 
     @cached_property
     def resolved_arms(self) -> dict[str, ResolvedArm]:

@@ -1,4 +1,4 @@
-"""Settings of the stages before the scores: teacher, data, signals, student, training."""
+"""Settings of the stages before the scores: teacher, data, student, training."""
 
 from __future__ import annotations
 
@@ -198,35 +198,6 @@ class HubData(_RowData):
 
 
 Data = Annotated[SyntheticData | JsonData | HubData, Field(discriminator="source")]
-
-
-class SignalFeatures(Settings):
-    """Whose hidden states are stored for the feature loss of arms."""
-
-    points: int = Field(3, ge=1)
-    """Teacher layers at 1/points, 2/points, ... of the depth. Arms may use any divisor of it."""
-    tokens: Literal["hard", "all"] = "hard"
-    """Tokens with d > threshold, or all of them. Arms with other than hard tokens need all."""
-    threshold: float = Field(0.8, ge=0, le=1)
-    """Tokens with d above it are stored. Arms may use this threshold or a higher one."""
-
-
-class Signals(Settings):
-    """What is stored of the teacher's outputs. Changing it runs the teacher again and retrains what reads it."""
-
-    mode: Literal["hidden", "logprobs"] = "hidden"
-    """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head; 2 bytes × the
-    teacher's width per token. `logprobs`: besides it, all log-probabilities in fp16; 2 bytes × the vocabulary per token
-    on disk instead of a product with the head in every step, which pays on a CPU."""
-    features: SignalFeatures | None = SignalFeatures()
-    """Hidden states for the feature loss; null stores none. Stated here, not taken from the arms, so that editing one
-    arm never touches what the other arms read."""
-    calibration_tokens: int = Field(16384, ge=16)
-    """Response tokens of the training split over which the difficulty's CDF is fitted."""
-    shard_tokens: int = Field(65536, ge=16)
-    """Response tokens in a shard; an interrupted run continues at the last whole one."""
-    batch_tokens: int = Field(4096, ge=8)
-    """Tokens in one forward pass of the teacher."""
 
 
 class Student(Settings):

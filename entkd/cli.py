@@ -90,7 +90,7 @@ def _signals(args: argparse.Namespace) -> None:
 def _signals_verify(args: argparse.Namespace) -> int:
     from entkd.signals.verify import verify
 
-    return verify(args.signals, args.teacher, args.data, args.sample)
+    return verify(args.signals, args.teacher, args.data, args.sample, args.student)
 
 
 def _init_student(args: argparse.Namespace) -> None:
@@ -224,8 +224,8 @@ STAGES: dict[str, Stage] = {
     ),
     "signals-verify": (
         _signals_verify,
-        "recompute a sample of stored signals; exit status 1 where they are damaged",
-        "--signals --teacher --data --sample",
+        "recompute a sample of stored signals; exit status 1 where they are damaged; of sparse ones, the bias",
+        "--signals --teacher --data --sample --student?",
     ),
     "init-student": (_init_student, "make the untrained student", "--settings --teacher --seed --output"),
     "distill": (

@@ -28,10 +28,11 @@ from entkd.errors import UserError
 from entkd.signals import SignalStore
 from entkd.signals.content import describe_content
 from entkd.signals.files import RowReader, write_tensors
-from entkd.signals.store import response_tokens
+from entkd.signals.shards import plan_shards
+from entkd.signals.split import response_tokens
 from entkd.signals.teacher_pass import token_statistics
 from entkd.signals.verify import verify
-from entkd.signals.write import plan_shards, write_signals
+from entkd.signals.write import write_signals
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,9 @@ from entkd.files import WriteError, file_sha256, locked
 from entkd.signals import SignalStore
 from entkd.signals.content import content_key, describe_content
 from entkd.signals.files import write_tensors
+from entkd.signals.shards import plan_shards
 from entkd.signals.verify import verify
-from entkd.signals.write import plan_shards, write_signals
+from entkd.signals.write import write_signals
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ class Signals(Settings):
     mode: Literal["hidden", "logprobs", "sparse"] = "hidden"
     """`hidden`: the last hidden state in bf16, from which logits are recomputed exactly through the head; 2 bytes × the
     teacher's width per token. `logprobs`: besides it, all log-probabilities in fp16; 2 bytes × the vocabulary per token
-    on disk instead of a product with the head in every step, which pays on a CPU. `sparse`: for training tokens neither,
-    but the most probable tokens and an unbiased sample of the rest, for `forward_kl` at temperature 1 alone; small for
-    wide teachers, at the price of a noisier gradient."""
+    on disk instead of a product with the head in every step, which pays on a CPU. `sparse`: of training tokens only
+    the most probable next tokens and an unbiased sample of the others, for `forward_kl` at temperature 1 alone; small
+    for wide teachers, at the price of a noisier gradient."""
     sparse: SparseSignals | None = None
     """Size of `mode: sparse`, its defaults where left out; of no other mode."""
     features: SignalFeatures | None = SignalFeatures()
@@ -83,8 +83,8 @@ def lacking_signals(method: Method, signals: Signals) -> Iterator[tuple[str, str
 
 
 def lacking_distribution(method: Method) -> Iterator[tuple[str, str]]:
-    """What a method needs of the teacher's distribution that a sparse target does not hold: a sample of p at T = 1 gives
-    what is linear in it, and nothing else, without bias."""
+    """What a method needs that a sparse target does not hold: a sample of p at T = 1 gives what is linear in p without
+    bias, and nothing else."""
     divergence, temperature = method.divergence, method.temperature
     if divergence is not None and divergence.name != "forward_kl":
         yield (

@@ -21,6 +21,10 @@ from entkd.data.packing import Batch
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_divergence
 from entkd.models import layer_points, output_weight, trunk_forward
+from entkd.sparse import SparseTarget
+
+Teacher = Tensor | SparseTarget
+"""The teacher's distributions, in one of the forms that a store keeps them in."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class MicroBatch:
     """One forward pass: tokens, and what the teacher and the components say of them."""
 
     batch: Batch
-    teacher_NE: Tensor | Callable[[], Tensor] | None = None
-    """Last hidden state of the teacher, or its log-probabilities, or what reads them; None where no divergence is
-    trained."""
+    teacher_NE: Teacher | Callable[[], Teacher] | None = None
+    """Last hidden state of the teacher, or its log-probabilities, or sparse targets, or what reads them; None where no
+    divergence is trained."""
     weight_N: Tensor | None = None
     """Curriculum weights, normalised over the global batch; None is 1."""
     temperature_N: Tensor | None = None
@@ -40,7 +44,7 @@ class MicroBatch:
     teacher_features: tuple[Tensor, ...] = ()
     """(H, E) hidden states of the teacher, one for each layer pair."""
 
-    def teacher(self) -> Tensor | None:
+    def teacher(self) -> Teacher | None:
         """What ``teacher_NE`` is or reads."""
         return self.teacher_NE() if callable(self.teacher_NE) else self.teacher_NE
 
@@ -53,7 +57,7 @@ class MicroBatch:
 
         return MicroBatch(
             self.batch.to(device),
-            moved(self.teacher()),
+            teacher.to(device) if isinstance(teacher := self.teacher(), SparseTarget) else moved(teacher),
             moved(self.weight_N),
             moved(self.temperature_N),
             moved(self.hard_H),
@@ -73,7 +77,8 @@ class Objective(nn.Module):
     vocab_size
         Rows of both output projections that are tokens; padded rows beyond are ignored.
     teacher_head_UE
-        The teacher's output projection; None where its log-probabilities are given or no divergence is trained.
+        The teacher's output projection; None where its log-probabilities or sparse targets are given, or no divergence
+        is trained.
     teacher_width
         E, read by the projectors alone.
     """
@@ -129,21 +134,7 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         if method.divergence is not None:
-            teacher_NE = micro.teacher()
-            assert teacher_NE is not None
-            total = linear_divergence(
-                hidden_ND,
-                weight_VD,
-                teacher_NE,
-                self.teacher_head_UE,
-                divergence=method.divergence.name,
-                settings=method.divergence.parameters(),
-                temperature_N=micro.temperature_N,
-                weight_N=micro.weight_N,
-                t2=method.temperature.t2 if method.temperature is not None else "per_token",
-                vocab_size=self.vocab_size,
-            )
-            terms["kd"] = total / max(1, positions)
+            terms["kd"] = self._divergence(hidden_ND, weight_VD, micro) / max(1, positions)
             loss = loss + method.divergence.weight * terms["kd"]
         if method.ce is not None:
             total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
@@ -153,6 +144,33 @@ class Objective(nn.Module):
             terms["features"] = self._features(captured, micro, hard)
             loss = loss + method.features.weight * terms["features"]
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _divergence(self, hidden_ND: Tensor, weight_VD: Tensor, micro: MicroBatch) -> Tensor:
+        """Σ_i w_i s(T_i) D_i of the micro-batch."""
+        divergence, temperature, teacher = self.method.divergence, self.method.temperature, micro.teacher()
+        assert divergence is not None
+        assert teacher is not None
+        if isinstance(teacher, SparseTarget):  # at T = 1, as TeacherTargets has made sure
+            return linear_divergence(
+                hidden_ND,
+                weight_VD,
+                target=teacher,
+                divergence=divergence.name,
+                weight_N=micro.weight_N,
+                vocab_size=self.vocab_size,
+            )
+        return linear_divergence(
+            hidden_ND,
+            weight_VD,
+            teacher,
+            self.teacher_head_UE,
+            divergence=divergence.name,
+            settings=divergence.parameters(),
+            temperature_N=micro.temperature_N,
+            weight_N=micro.weight_N,
+            t2=temperature.t2 if temperature is not None else "per_token",
+            vocab_size=self.vocab_size,
+        )
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
         """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""

@@ -18,11 +18,13 @@ from torch import Tensor
 from entkd.components import token_plan
 from entkd.config import Method
 from entkd.config.method import JSD, TVD, Divergence, SkewReverseKL
+from entkd.config.signals import lacking_distribution
 from entkd.data import Corpus
 from entkd.data.packing import Batch
 from entkd.distill.objective import MicroBatch
 from entkd.errors import UserError
 from entkd.signals import SignalStore
+from entkd.sparse import SparseTarget
 
 
 def contains_reverse_kl(divergence: Divergence) -> bool:
@@ -93,6 +95,9 @@ class TeacherTargets:
                 f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
                 "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
             )
+        if self.split.is_sparse:
+            for key, why in lacking_distribution(method):
+                raise UserError(f"{signals}: method.{key}: {why}")
         if method.features is not None:
             self.teacher_layers = self._layers(store, method.features.points)
 
@@ -129,9 +134,10 @@ class TeacherTargets:
             micro_batches.append(self._micro_batch(batch, plan.weight_N, plan.temperature_N, plan.features_N, cut))
         return Step(micro_batches, positions, int(plan.summary["hard"]), tokens, plan.summary)
 
-    def _distribution(self, batch: Batch) -> Tensor:
-        """Log-probabilities where they are stored, else hidden states."""
-        assert self.store is not None
+    def _distribution(self, batch: Batch) -> Tensor | SparseTarget:
+        """Sparse targets or log-probabilities where they are stored, else hidden states."""
+        if self.split.is_sparse:
+            return self.split.sparse(batch.tokens_N)
         return self.split.logprobs(batch.tokens_N) if self._reads_logprobs else self.split.hidden(batch.tokens_N)
 
     @property
@@ -147,7 +153,7 @@ class TeacherTargets:
     @property
     def head_UE(self) -> Tensor | None:
         """The output projection for the teacher's hidden states, where they need one."""
-        if self.store is None or self._reads_logprobs or self.method.divergence is None:
+        if self.store is None or self.method.divergence is None or self._reads_logprobs or self.split.is_sparse:
             return None
         return self.store.head_UE
 

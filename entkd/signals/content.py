@@ -41,7 +41,8 @@ def describe_content(
     Raises
     ------
     UserError
-        If a manifest is missing, the data lack a split, or another tokenizer than the teacher's made them.
+        If a manifest is missing, the data lack a split, or another tokenizer than the teacher's made them, or a sparse
+        target would have more slots than the vocabulary has tokens.
     """
     teacher_manifest = _manifest(teacher, "entkd prepare-teacher")
     data_manifest = _manifest(data, "entkd prepare-data")
@@ -59,11 +60,17 @@ def describe_content(
     for split in needs["splits"]:
         if split not in data_manifest["splits"]:
             raise UserError(f"{data}: has no split {split!r}; it has {sorted(data_manifest['splits'])}")
+    sparse, vocab_size = settings.sparse, data_manifest["vocab_size"]
+    if sparse is not None and sparse.top_k + sparse.samples > vocab_size:
+        raise UserError(
+            f"signals.sparse: top_k {sparse.top_k} and samples {sparse.samples} are together more than the vocabulary "
+            f"of {vocab_size} tokens; make them smaller, or set `signals.mode: logprobs`, which keeps all"
+        )
     return {
         "format": FORMAT,
         "teacher": teacher_manifest["sha256"],
         "tokenizer": tokenizer,
-        "vocab_size": data_manifest["vocab_size"],
+        "vocab_size": vocab_size,
         "corpus": {
             f"{split}.{name}": data_manifest["files"][f"{split}.{name}.npy"]
             for split in needs["splits"]

@@ -17,13 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from entkd.config import Signals
 from entkd.data import Corpus, read_texts
 from entkd.data.packing import Batch, collate, plan_batches
 from entkd.entropy import token_entropy
 from entkd.errors import UserError
 from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
 from entkd.signals.content import feature_layers
-from entkd.signals.store import STATISTICS, response_tokens
+from entkd.signals.kept import Keep, room
+from entkd.signals.split import response_tokens
+from entkd.signals.store import STATISTICS
 from entkd.workspace import buffer
 
 TILE_ELEMENTS = 2**24
@@ -41,8 +44,9 @@ class PassResult:
     response_lengths: NDArray[np.int64]
     statistics: dict[str, Tensor]
     """``entropy``, ``logsumexp``, ``target_logprob``: (R,) fp32, nats."""
-    hidden_RE: Tensor
-    """bf16."""
+    distributions: dict[str, Tensor]
+    """What is kept of the distributions beside the log-probabilities: ``hidden`` (bf16), or ``sparse_ids`` (int32) and
+    ``sparse_mass`` (fp16)."""
     feature_rows: Tensor
     """int64 rows that have features, ascending."""
     features: dict[int, Tensor]
@@ -63,7 +67,7 @@ class PassResult:
             "documents": torch.from_numpy(self.documents),
             "response_lengths": torch.from_numpy(self.response_lengths),
             **self.statistics,
-            "hidden": self.hidden_RE,
+            **self.distributions,
             "feature_rows": self.feature_rows,
             **{f"feature_{layer}": states for layer, states in self.features.items()},
         }
@@ -82,10 +86,10 @@ class TeacherPass:
         What the arms need, see `entkd.signals.content.describe_content`.
     dtype
         Precision of the trunk. The output projection is always computed in fp32.
-    batch_tokens
-        Tokens in one forward pass.
-    keep_logprobs
-        Whether the log-probabilities are kept too.
+    settings
+        What is kept of the distributions, and the tokens of a forward pass.
+    advance
+        Told the number of tokens after each forward pass.
 
     Raises
     ------
@@ -100,8 +104,7 @@ class TeacherPass:
         needs: dict[str, Any],
         dtype: torch.dtype,
         device: torch.device,
-        batch_tokens: int,
-        keep_logprobs: bool,
+        settings: Signals,
         advance: Callable[[int], None],
     ) -> None:
         model = load_model(folder, dtype="auto")
@@ -114,8 +117,7 @@ class TeacherPass:
         self._model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # Transformers' annotation
         self._head_device_UE = self.head_UE.to(device=device, dtype=torch.float32)
         self._device = device
-        self._batch_tokens = batch_tokens
-        self._keep_logprobs = keep_logprobs
+        self._settings = settings
         self._advance = advance
 
     @torch.inference_mode()
@@ -128,21 +130,21 @@ class TeacherPass:
         layers = self.layers if split == "train" else ()
         tokens_R = response_tokens(corpus.response_offsets, documents)
         statistics = {name: torch.empty(len(tokens_R)) for name in STATISTICS}
-        hidden_RE = torch.empty(len(tokens_R), self.head_UE.shape[1], dtype=torch.bfloat16)
-        vocab_size = len(self.head_UE)
-        logprobs_RU = torch.empty(len(tokens_R), vocab_size, dtype=torch.float16) if self._keep_logprobs else None
+        lengths, (vocab_size, width) = corpus.response_lengths, self.head_UE.shape
+        distributions, logprobs_RU, keep = room(self._settings, split, documents, lengths, vocab_size, width)
         rows: list[Tensor] = []
         states: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         has_inf_logits = False
-        for blocks, length in plan_batches(corpus.lengths, documents, self._batch_tokens):
+        for blocks, length in plan_batches(corpus.lengths, documents, self._settings.batch_tokens):
             batch = collate(corpus, blocks, length, pad_id=0).to(self._device)
             row_N = torch.from_numpy(np.searchsorted(tokens_R, batch.tokens_N.cpu().numpy()))
-            hidden_NE, captured, found, inf = self._forward(batch, layers, logprobs_RU, row_N)
+            hidden_NE, captured, found, inf = self._forward(batch, layers, keep, row_N)
             has_inf_logits |= inf
             self._refuse_non_finite(batch, [found["logsumexp"], *captured.values()], corpus, data, split)
             for name, values_N in found.items():
                 statistics[name][row_N] = values_N.cpu()
-            hidden_RE[row_N] = hidden_NE.to(torch.bfloat16).cpu()
+            if "hidden" in distributions:
+                distributions["hidden"][row_N] = hidden_NE.to(torch.bfloat16).cpu()
             if layers:
                 kept = (
                     torch.ones_like(row_N, dtype=torch.bool) if select is None else select(statistics["entropy"][row_N])
@@ -154,9 +156,9 @@ class TeacherPass:
         feature_rows, order = torch.cat(rows).sort() if rows else (torch.empty(0, dtype=torch.int64), torch.empty(0))
         return PassResult(
             documents,
-            corpus.response_lengths[documents],
+            lengths[documents],
             statistics,
-            hidden_RE,
+            distributions,
             feature_rows,
             {layer: torch.cat(parts)[order] for layer, parts in states.items()},
             has_inf_logits,
@@ -164,14 +166,12 @@ class TeacherPass:
         )
 
     def _forward(
-        self, batch: Batch, layers: tuple[int, ...], logprobs_RU: Tensor | None, row_N: Tensor
+        self, batch: Batch, layers: tuple[int, ...], keep: Keep | None, row_N: Tensor
     ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
         hidden_BLE, captured = trunk_forward(self._model, batch.input_ids_BL, batch.position_ids_BL, capture=layers)
         hidden_NE = hidden_BLE.flatten(0, 1)[batch.positions_N]
         states = {layer: captured[layer].flatten(0, 1)[batch.positions_N] for layer in layers}
-        statistics, has_inf_logits = token_statistics(
-            hidden_NE, self._head_device_UE, batch.labels_N, logprobs_RU, row_N
-        )
+        statistics, has_inf_logits = token_statistics(hidden_NE, self._head_device_UE, batch.labels_N, keep, row_N)
         return hidden_NE, states, statistics, has_inf_logits
 
     def _refuse_non_finite(self, batch: Batch, outputs: list[Tensor], corpus: Corpus, data: Path, split: str) -> None:
@@ -194,13 +194,13 @@ def token_statistics(
     hidden_NE: Tensor,
     head_UE: Tensor,
     target_N: Tensor,
-    logprobs_RU: Tensor | None = None,
+    keep: Keep | None = None,
     row_N: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], bool]:
     """Entropy, logsumexp and log-probability of the target, (N,) fp32 in nats, and whether any logit is −inf.
 
     The hidden state is used as it comes, before any rounding for storage; logits are fp32 and exist for one
-    tile of tokens at a time. The log-probabilities go into the rows ``row_N`` of ``logprobs_RU``, where given.
+    tile of tokens at a time: ``keep``, where given, is called with each, and with its part of ``row_N``.
     """
     tile = max(1, TILE_ELEMENTS // len(head_UE))
     found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
@@ -214,6 +214,6 @@ def token_statistics(
         found["logsumexp"].append(logsumexp_N)
         found["target_logprob"].append(logits_NU.gather(1, target[:, None])[:, 0] - logsumexp_N)
         has_inf_logits |= bool(torch.isneginf(logits_NU.amin()))
-        if logprobs_RU is not None and row_N is not None:
-            logprobs_RU[row_N[start : start + tile]] = (logits_NU - logsumexp_N[:, None]).half().cpu()
+        if keep is not None and row_N is not None:
+            keep(row_N[start : start + tile], logits_NU, logsumexp_N)
     return {name: torch.cat(parts) for name, parts in found.items()}, has_inf_logits

@@ -10,13 +10,10 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,36 +22,15 @@ from entkd.data import Corpus
 from entkd.entropy import Difficulty
 from entkd.files import file_sha256, locked, write_json
 from entkd.progress import Progress
-from entkd.runtime import device_slot, numpy_stream, resolve_dtype
+from entkd.runtime import device_slot, resolve_dtype
 from entkd.signals.content import FORMAT, content_key, describe_content
 from entkd.signals.files import read_header, write_tensors
 from entkd.signals.histogram import write_entropy_csv
-from entkd.signals.store import SignalStore, logprobs_file
+from entkd.signals.shards import Shard, plan_shards
+from entkd.signals.store import SignalStore
 from entkd.signals.teacher_pass import PassResult, Select, TeacherPass
 
 HEAD, CALIBRATION, MANIFEST = "head.safetensors", "calibration.safetensors", "manifest.json"
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of the store: some documents of a split."""
-
-    split: str
-    index: int
-    documents: NDArray[np.int64]
-    """Ascending document indices."""
-    calibration: bool
-    """Whether the difficulty is fitted on these documents."""
-
-    @property
-    def file(self) -> str:
-        """Name in the store's folder."""
-        return f"{self.split}-{self.index:05d}.safetensors"
-
-    @property
-    def logprobs_file(self) -> str:
-        """Name of the file of its log-probabilities, where they are kept."""
-        return logprobs_file(self.file)
 
 
 def write_signals(
@@ -105,29 +81,6 @@ def write_signals(
     write_json(output, pointer | {name: manifest[name] for name in shown})
 
 
-def plan_shards(settings: Signals, splits: list[str], data: Path) -> list[Shard]:
-    """All shards: the calibration documents' first, then each split's in the order of its documents.
-
-    Calibration documents are drawn without replacement until they have ``calibration_tokens`` response tokens.
-    """
-    shards = []
-    for split in splits:
-        lengths = Corpus.open(data, split).response_lengths
-        order = numpy_stream(0, "calibration").permutation(len(lengths))
-        count = int(np.searchsorted(np.cumsum(lengths[order]), settings.calibration_tokens)) + 1
-        chosen = np.sort(order[:count] if split == "train" else order[:0])
-        rest = np.setdiff1d(np.arange(len(lengths)), chosen)
-        index = 0
-        for documents, calibration in ((chosen, True), (rest, False)):
-            # A shard ends with the document in which the running count passes a multiple of shard_tokens.
-            before = np.cumsum(lengths[documents]) - lengths[documents]
-            cuts = np.flatnonzero(np.diff(before // settings.shard_tokens)) + 1
-            for part in np.split(documents, cuts) if len(documents) else ():
-                shards.append(Shard(split, index, part, calibration))
-                index += 1
-    return sorted(shards, key=lambda shard: not shard.calibration)
-
-
 def _is_complete(folder: Path) -> bool:
     """Whether the store has its manifest and every file of it in full length."""
     if not (folder / MANIFEST).is_file():
@@ -162,7 +115,7 @@ def _fill(
     needs = content["needs"]
     shards = plan_shards(settings, needs["splits"], data)
     keep_logprobs = settings.mode == "logprobs"
-    whole = {shard.file for shard in shards if _is_whole(folder, shard, key, keep_logprobs)}
+    whole = {shard.file for shard in shards if shard.is_whole(folder, key, keep_logprobs)}
     calibrated = (read_header(folder / CALIBRATION) or {}).get("key") == key
     if not calibrated:  # its shards, if any, were filtered by another difficulty
         whole -= {shard.file for shard in shards if shard.calibration}
@@ -176,15 +129,14 @@ def _fill(
             needs,
             dtype,
             device,
-            settings.batch_tokens,
-            keep_logprobs,
+            settings,
             progress.advance,
         )
 
         def result_of(shard: Shard, select: Select | None) -> PassResult:
             result = run.run(data, shard.split, shard.documents, select)
             if result.logprobs_RU is not None:  # written at once: all else of a shard may wait in memory
-                write_tensors(folder / shard.logprobs_file, {"logprobs": result.logprobs_RU}, _header(shard, key))
+                write_tensors(folder / shard.logprobs_file, {"logprobs": result.logprobs_RU}, shard.header(key))
                 result.logprobs_RU = None
             return result
 
@@ -213,19 +165,8 @@ def _fill(
     write_json(folder / MANIFEST, manifest)
 
 
-def _is_whole(folder: Path, shard: Shard, key: str, keep_logprobs: bool) -> bool:
-    """Whether the shard is there. Files get their final name when they are complete, and say what they are."""
-    names = [shard.file, shard.logprobs_file] if keep_logprobs else [shard.file]
-    headers = [read_header(folder / name) for name in names]
-    return all(header is not None and _header(shard, key).items() <= header.items() for header in headers)
-
-
-def _header(shard: Shard, key: str) -> dict[str, Any]:
-    return {"key": key, "split": shard.split, "index": shard.index}
-
-
 def _write_shard(folder: Path, shard: Shard, result: PassResult, key: str) -> None:
-    header = _header(shard, key) | {"has_inf_logits": result.has_inf_logits}
+    header = shard.header(key) | {"has_inf_logits": result.has_inf_logits}
     write_tensors(folder / shard.file, result.tensors(), header)
 
 

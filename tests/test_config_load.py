@@ -136,6 +136,13 @@ BAD = [
     ("seeds", [0, 0], "seeds: [0, 0] repeat themselves"),
     ("runtime/gpus", "some", 'runtime.gpus: "some" must be one of auto, 0, 1'),
     ("name", "scores", "name: `scores` is a folder of the demo's results; choose another"),
+    ("signals", {"sparse": {"top_k": 8}}, "signals: `sparse` means nothing with `mode: hidden`; remove it or set"),
+    ("signals", {"mode": "sparse", "sparse": {"topk": 8}}, "signals.sparse: unknown key `topk`; did you mean `top_k`?"),
+    (
+        "signals",
+        {"mode": "sparse", "sparse": {"samples": 0}},
+        "signals.sparse.samples: 0 must be greater than or equal",
+    ),
     ("sweeps", {"kdd": {}}, "sweeps: unknown name `kdd`; did you mean `kd`?"),
 ]
 
@@ -151,6 +158,35 @@ def test_bad_value_is_one_clear_line(
     assert len(caught.value.problems) == 1
     assert str(caught.value).startswith(f"{tmp_path / 'x.yaml'}: {message}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("patch", "problem"),
+    [
+        ({"divergence": "reverse_kl"}, "divergence: reverse_kl needs the teacher's whole distribution"),
+        ({"divergence": {"name": "jsd", "beta": 0.0}}, "divergence: jsd needs the teacher's whole distribution"),
+        ({"temperature": {}}, "temperature: base 1 with c 0.5 needs the teacher's whole distribution"),
+        ({"temperature": {"base": 2.0, "c": 0}}, "temperature: base 2 with c 0 needs the teacher's whole distribution"),
+        ({"temperature": {"base": 1.0, "c": 0}}, ""),
+        ({"curriculum": {}, "features": {}, "ce": {}}, ""),
+        ({"divergence": None, "ce": {}}, ""),
+    ],
+)
+def test_sparse_signals_serve_forward_kl_at_temperature_1_alone(
+    load: Callable[..., Experiment], patch: dict[str, Any], problem: str
+) -> None:
+    settings = minimal()
+    settings["arms"] = {"kd": {"role": "factorial"}, "x": patch}
+    assert load(settings).signals.sparse is None  # mode hidden serves all of them
+    settings["signals"] = {"mode": "sparse"}
+    if not problem:
+        assert load(settings).signals.sparse.top_k == 32
+        return
+    with pytest.raises(ConfigError) as caught:
+        load(settings)
+    (found,) = caught.value.problems
+    assert found.startswith(f"arms.x.{problem}")
+    assert "set `signals.mode: hidden`" in found
 
 
 def test_all_problems_at_once(load: Callable[..., Experiment]) -> None:

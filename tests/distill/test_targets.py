@@ -17,6 +17,7 @@ from entkd.distill.distributed import World
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
 from entkd.signals.write import write_signals
+from entkd.sparse import SparseTarget
 
 FULL = Method.model_validate({"divergence": "forward_kl", "curriculum": {}, "temperature": {}, "features": {}})
 
@@ -141,3 +142,37 @@ def test_log_probabilities_are_read_where_they_are_stored(tiny, tmp_path) -> Non
     ):
         logits = computed.teacher().float() @ hidden.head_UE.float().T
         torch.testing.assert_close(read.teacher().float(), logits.log_softmax(-1), atol=5e-2, rtol=5e-3)
+
+
+def test_sparse_targets_are_read_where_they_are_stored(tiny, tmp_path) -> None:
+    """Each micro-batch its own rows; what needs more of the teacher is refused with the setting to change."""
+    settings = Signals(mode="sparse", sparse={"top_k": 8, "samples": 8}, calibration_tokens=150, shard_tokens=120)
+    needs = {"features": {"points": 3, "tokens": "hard", "threshold": 0.8}, "splits": ["train"]}
+    manifest = tmp_path / "manifest.json"
+    write_signals(settings, needs, tiny.teacher, tiny.data, tmp_path / "cache", manifest, "fp32")
+    corpus = Corpus.open(tiny.data, "train")
+    batches = [collate(corpus, [np.asarray(documents)], 256, 2) for documents in ([3, 8, 21], [5], [9])]
+    method = Method.model_validate(
+        {"divergence": "forward_kl", "curriculum": {}, "features": {}, "temperature": {"base": 1.0, "c": 0.0}}
+    )
+    targets = TeacherTargets(method, manifest, tiny.data, corpus, 0)
+    exact = TeacherTargets(method, tiny.signals, tiny.data, corpus, 0)
+    assert targets.head_UE is None
+    step = targets.step(batches, 0.5)
+    assert step.hard > 0
+    for micro, batch, other in zip(step.micro_batches, batches, exact.step(batches, 0.5).micro_batches, strict=True):
+        target = micro.to(torch.device("cpu")).teacher()
+        assert isinstance(target, SparseTarget)
+        assert torch.equal(target.entropy_N, targets.split.entropy_R[batch.tokens_N])
+        assert torch.equal(target.ids_NK, targets.split.sparse(batch.tokens_N).ids_NK)
+        logits_NU = other.teacher().float() @ exact.head_UE.float().T
+        top = logits_NU.softmax(-1).topk(8).values
+        torch.testing.assert_close(target.mass_NK[:, :8], top, atol=5e-3, rtol=2e-2)
+        assert torch.equal(micro.weight_N, other.weight_N)
+        assert (micro.temperature_N == 1).all()
+    for patch, key in (
+        ({"divergence": "tvd"}, "divergence: tvd"),
+        ({"divergence": "forward_kl", "temperature": {}}, "temperature: base 1 with c 0.5"),
+    ):
+        with pytest.raises(UserError, match=f"method.{key}.*set `signals.mode: hidden`"):
+            TeacherTargets(Method.model_validate(patch), manifest, tiny.data, corpus, 0)

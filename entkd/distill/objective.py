@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from entkd.config import Method
 from entkd.data.packing import Batch
 from entkd.features import Projectors, feature_loss
-from entkd.fused import linear_cross_entropy, linear_divergence
+from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.models import layer_points, output_weight, trunk_forward
 
 
@@ -131,21 +131,27 @@ class Objective(nn.Module):
         if method.divergence is not None:
             teacher_NE = micro.teacher()
             assert teacher_NE is not None
-            total = linear_divergence(
+            # One projection of the student serves both terms.
+            head = linear_distillation(
                 hidden_ND,
                 weight_VD,
                 teacher_NE,
                 self.teacher_head_UE,
+                labels_N=batch.labels_N if method.ce is not None else None,
                 divergence=method.divergence.name,
                 settings=method.divergence.parameters(),
+                divergence_weight=method.divergence.weight,
+                cross_entropy_weight=method.ce.weight if method.ce is not None else 1.0,
                 temperature_N=micro.temperature_N,
                 weight_N=micro.weight_N,
                 t2=method.temperature.t2 if method.temperature is not None else "per_token",
                 vocab_size=self.vocab_size,
             )
-            terms["kd"] = total / max(1, positions)
-            loss = loss + method.divergence.weight * terms["kd"]
-        if method.ce is not None:
+            loss = loss + head.total / max(1, positions)
+            terms["kd"] = head.divergence / max(1, positions)
+            if method.ce is not None:
+                terms["ce"] = head.cross_entropy / max(1, positions)
+        elif method.ce is not None:
             total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
             terms["ce"] = total / max(1, positions)
             loss = loss + method.ce.weight * terms["ce"]

@@ -34,7 +34,7 @@ def _expectation(probability_NV: Tensor, value_NV: Tensor) -> Tensor:
     return (probability_NV * value_NV.masked_fill(probability_NV == 0, 0.0)).sum(-1)
 
 
-def _log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
+def log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
     """log(share·first + (1-share)·second); finite where both are 0, so that its gradient there is 0 and not 0/0."""
     mixture_NV = share * first_NV + (1 - share) * second_NV
     return mixture_NV.clamp_min(torch.finfo(mixture_NV.dtype).tiny).log()
@@ -66,7 +66,7 @@ def jsd(
         return reverse_kl(student_logits_NV, teacher_logits_NV, temperature_N)
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     p, q = log_p.exp(), log_q.exp()
-    log_m = _log_mixture(p, q, beta)
+    log_m = log_mixture(p, q, beta)
     return beta * _expectation(p, log_p - log_m) + (1 - beta) * _expectation(q, log_q - log_m)
 
 
@@ -78,7 +78,7 @@ def skew_kl(
         return forward_kl(student_logits_NV, teacher_logits_NV, temperature_N)
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     p = log_p.exp()
-    return _expectation(p, log_p - _log_mixture(p, log_q.exp(), alpha))
+    return _expectation(p, log_p - log_mixture(p, log_q.exp(), alpha))
 
 
 def skew_reverse_kl(
@@ -89,7 +89,7 @@ def skew_reverse_kl(
         return reverse_kl(student_logits_NV, teacher_logits_NV, temperature_N)
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     q = log_q.exp()
-    return _expectation(q, log_q - _log_mixture(q, log_p.exp(), alpha))
+    return _expectation(q, log_q - log_mixture(q, log_p.exp(), alpha))
 
 
 def adaptive_kl(
@@ -109,20 +109,25 @@ def adaptive_kl(
     """
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     p, q = log_p.exp(), log_q.exp()
-    with torch.no_grad():
-        sorted_p, order = p.sort(dim=-1, descending=True, stable=True)
-        mass = sorted_p.cumsum(-1)
-        if variant == "authors":
-            head = mass <= mu
-            head[..., 0] = True
-        else:
-            head = mass - sorted_p < mu
-        gap = (p - q).abs().gather(-1, order)
-        head_gap = gap.masked_fill(~head, 0.0).sum(-1)
-        total_gap = gap.sum(-1)
-        forward_share = torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(p.dtype).tiny), 0.5)
+    forward_share = adaptive_shares(p, q, mu, variant)
     forward, reverse = _expectation(p, log_p - log_q), _expectation(q, log_q - log_p)
     return forward_share * forward + (1 - forward_share) * reverse
+
+
+@torch.no_grad()
+def adaptive_shares(p_NV: Tensor, q_NV: Tensor, mu: float, variant: str) -> Tensor:
+    """(N,) g_h/(g_h+g_t), the share of the forward KL in `adaptive_kl`; without gradient."""
+    sorted_p, order = p_NV.sort(dim=-1, descending=True, stable=True)
+    mass = sorted_p.cumsum(-1)
+    if variant == "authors":
+        head = mass <= mu
+        head[..., 0] = True
+    else:
+        head = mass - sorted_p < mu
+    gap = (p_NV - q_NV).abs().gather(-1, order)
+    head_gap = gap.masked_fill(~head, 0.0).sum(-1)
+    total_gap = gap.sum(-1)
+    return torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(p_NV.dtype).tiny), 0.5)
 
 
 def alpha_beta(

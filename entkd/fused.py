@@ -1,36 +1,57 @@
 """Losses fused with the output projections, in tiles of tokens: there is never an (N, V) tensor over all tokens.
 
-The machinery and its precision are in ``entkd.tiles``. Losses are sums; the caller divides by the global number of
-tokens.
+The machinery and its precision are in ``entkd.tiles``, the divergences in ``entkd.kernels``. Losses are sums; the
+caller divides by the global number of tokens.
 
 Shapes: N tokens, R tokens of a tile, D student width, E teacher width, V student rows, U teacher rows of the output
-projection, both cut to ``vocab_size``.
+projection, both cut to ``vocab_size``. "1" is a dimension of length 1.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from entkd.divergences import DIVERGENCES
+from entkd.kernels import exp, log_softmax, value_and_gradient
+from entkd.products import RowsOf, compute_dtype, projection
+from entkd.sparse import SparseTarget
 from entkd.temperature import loss_scale
-from entkd.tiles import TileLoss, by_autograd, compute_dtype, piece_rows, projection, slices, tile_rows, tiled_loss
+from entkd.tiles import piece_rows, slices, tile_rows, tiled_loss
 from entkd.workspace import buffer
+
+TokenWeight = Callable[[Tensor, Tensor, slice], Tensor]
+"""(entropy of q in nats, divergence in nats, rows), all of R tokens → weights (R,), for weights that a token's own
+student output decides. Not differentiated."""
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """What `linear_distillation` returns."""
+
+    total: Tensor
+    """a_kd · divergence + a_ce · cross-entropy, with gradients."""
+    divergence: Tensor
+    """Σ_i w_i s(T_i) D_i, without gradient."""
+    cross_entropy: Tensor
+    """Σ_i CE_i, without gradient; 0 without labels."""
 
 
 def linear_divergence(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
-    teacher_hidden_NE: Tensor,
-    teacher_weight_UE: Tensor | None,
+    teacher_hidden_NE: Tensor | None = None,
+    teacher_weight_UE: Tensor | None = None,
     *,
-    divergence: str,
+    target: SparseTarget | None = None,
+    divergence: str = "forward_kl",
     temperature_N: Tensor | None = None,
     weight_N: Tensor | None = None,
+    token_weight: TokenWeight | None = None,
     t2: Literal["per_token", "linear", "off"] = "per_token",
     vocab_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -44,11 +65,16 @@ def linear_divergence(
     student_weight_VD, teacher_weight_UE
         Output projections, rows in the order of one tokenizer. Without the teacher's, ``teacher_hidden_NE`` holds
         (N, U) logits, or log-probabilities at T = 1, which differ by a constant.
+    target
+        In place of the teacher's two tensors: its distributions on a few tokens each. Only for the forward KL at T = 1,
+        whose estimate from them is unbiased.
     divergence
         A name in ``entkd.divergences.DIVERGENCES``.
     temperature_N, weight_N
         (N,) temperatures and weights, 1 where absent; never differentiated. Tokens of weight 0 are left out, so that
         nothing in their rows, NaN included, matters.
+    token_weight
+        A further factor of the weights, formed inside the tile from the student's entropy at T = 1 and the divergence.
     t2
         s(T): ``per_token`` T², ``linear`` T, ``off`` 1.
     vocab_size
@@ -59,33 +85,120 @@ def linear_divergence(
     Raises
     ------
     ValueError
-        Unknown divergence, numbers of tokens that differ, or vocabularies that do not fit.
+        Unknown divergence, numbers of tokens that differ, vocabularies that do not fit, or a sparse target for what it
+        cannot give.
+    """
+    return linear_distillation(
+        student_hidden_ND,
+        student_weight_VD,
+        teacher_hidden_NE,
+        teacher_weight_UE,
+        target=target,
+        divergence=divergence,
+        temperature_N=temperature_N,
+        weight_N=weight_N,
+        token_weight=token_weight,
+        t2=t2,
+        vocab_size=vocab_size,
+        settings=settings,
+    ).total
+
+
+def linear_distillation(
+    student_hidden_ND: Tensor,
+    student_weight_VD: Tensor,
+    teacher_hidden_NE: Tensor | None = None,
+    teacher_weight_UE: Tensor | None = None,
+    *,
+    target: SparseTarget | None = None,
+    labels_N: Tensor | None = None,
+    divergence: str = "forward_kl",
+    divergence_weight: float = 1.0,
+    cross_entropy_weight: float = 1.0,
+    temperature_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
+    token_weight: TokenWeight | None = None,
+    t2: Literal["per_token", "linear", "off"] = "per_token",
+    vocab_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> HeadLoss:
+    """`linear_divergence` and, with ``labels_N``, `linear_cross_entropy`, over one projection of the student.
+
+    ``divergence_weight`` and ``cross_entropy_weight`` are a_kd and a_ce. All else is as in `linear_divergence`, whose
+    weights and temperatures do not touch the cross-entropy: all tokens have one.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence {divergence!r}: allowed are {', '.join(DIVERGENCES)}")
-    dense, settings = DIVERGENCES[divergence], dict(settings or {})
+    given = target.ids_NK if target is not None else teacher_hidden_NE
+    if given is None or (target is not None and teacher_hidden_NE is not None):
+        raise ValueError("give the teacher's hidden states or logits, or a sparse target, and not both")
+    if target is not None and (divergence != "forward_kl" or temperature_N is not None):
+        raise ValueError(
+            f"a sparse target gives the forward KL at T = 1 only, not {divergence}"
+            f"{' at other temperatures' if temperature_N is not None else ''}; use hidden states"
+        )
     vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
-    scale_N = weight_N
-    if weight_N is not None:
+    if len(given) != len(student_hidden_ND):
+        raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(given)} teacher tokens")
+    # Tokens of weight 0 are left out and not multiplied by 0: what is in their rows, NaN included, must not matter.
+    # They stay where others need them, and on a GPU, where counting them would make the host wait.
+    leaves_out = weight_N is not None and labels_N is None and weight_N.device.type == "cpu"
+    if weight_N is not None and leaves_out:
         kept_K = weight_N.detach().nonzero().squeeze(-1)
-        student_hidden_ND, teacher_hidden_NE = student_hidden_ND[kept_K], teacher_hidden_NE[kept_K]
-        scale_N = weight_N.detach()[kept_K]
+        student_hidden_ND, weight_N = student_hidden_ND[kept_K], weight_N.detach()[kept_K]
         temperature_N = None if temperature_N is None else temperature_N[kept_K]
+        teacher_hidden_NE = None if teacher_hidden_NE is None else teacher_hidden_NE[kept_K]
+        target = None if target is None else target[kept_K]
+    scale_N = weight_N
     if temperature_N is not None:
         s_N = loss_scale(temperature_N, t2)
         scale_N = s_N if scale_N is None else scale_N * s_N
 
-    def dense_loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> Tensor:
-        temperature_R = None if temperature_N is None else temperature_N[rows]
-        value_R = dense(student_RV, teacher_RV, temperature_R, **settings)
-        return value_R if scale_N is None else value_R * scale_N[rows]
+    settings, dtype = dict(settings or {}), compute_dtype(student_hidden_ND)
 
-    if divergence in ("forward_kl", "reverse_kl"):
-        loss = _kl_with_gradient(divergence == "reverse_kl", temperature_N, scale_N)
+    def divergence_of(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Scaled sum and gradient."""
+        entropy_R = None if token_weight is None else _entropy(student_RV)
+        if target is not None:
+            value_R1, grad_RV = _sparse_forward_kl(student_RV, target[rows])
+        else:
+            temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
+            value_R1, grad_RV = value_and_gradient(student_RV, teacher_RV, temperature_R1, divergence, settings)
+        scale_R1 = None if scale_N is None else _column(scale_N, rows, dtype)
+        if token_weight is not None and entropy_R is not None:
+            own_R1 = token_weight(entropy_R, value_R1.squeeze(-1), rows).detach().to(dtype).unsqueeze(-1)
+            scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
+        if scale_R1 is None:
+            return value_R1.sum(), grad_RV
+        if weight_N is not None and not leaves_out:
+            kept_R1 = scale_R1 != 0
+            value_R1, grad_RV = value_R1.where(kept_R1, 0.0), grad_RV.where(kept_R1, 0.0)
+        return (value_R1 * scale_R1).sum(), grad_RV.mul_(scale_R1)
+
+    def loss(
+        student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if labels_N is None:
+            value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
+            return divergence_weight * value, value, _times(grad_RV, divergence_weight)
+        ce, ce_grad_RV = _cross_entropy(student_RV, labels_N[rows], wants_grad)
+        value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
+        grad_RV = _times(grad_RV, divergence_weight)
+        if ce_grad_RV is not None:
+            grad_RV.add_(ce_grad_RV, alpha=cross_entropy_weight)
+        total = divergence_weight * value + cross_entropy_weight * ce
+        return total, torch.stack([value, ce]), grad_RV
+
+    if target is not None:
+        # A tile's target is looked up by its rows; what goes with the logits is not needed.
+        teacher: RowsOf = lambda rows: student_hidden_ND[rows]  # noqa: E731
     else:
-        loss = by_autograd(dense_loss)
-    target = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, compute_dtype(student_hidden_ND))
-    return tiled_loss(student_hidden_ND, student_weight_VD, target, loss, vocab_size)
+        assert teacher_hidden_NE is not None
+        teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
+    total, parts = tiled_loss(
+        student_hidden_ND, student_weight_VD, teacher, loss, vocab_size, terms=1 if labels_N is None else 2
+    )
+    return HeadLoss(total, parts[0], parts[1] if labels_N is not None else parts.new_zeros(()))
 
 
 def linear_cross_entropy(
@@ -111,96 +224,109 @@ def linear_cross_entropy(
     """
     vocab_size = _rows(student_weight_VD, vocab_size, "student")
 
-    def loss(student_RV: Tensor, labels_R: Tensor, rows: slice) -> Tensor:
-        value_R = torch.nn.functional.cross_entropy(student_RV, labels_R, reduction="none")
-        return value_R if weight_N is None else value_R * weight_N.detach()[rows]
+    def loss(
+        student_RV: Tensor, labels_R: Tensor, rows: slice, wants_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        weight_R1 = None if weight_N is None else _column(weight_N, rows, student_RV.dtype)
+        value, grad_RV = _cross_entropy(student_RV, labels_R, wants_grad, weight_R1)
+        return value, value, grad_RV
 
-    return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], by_autograd(loss), vocab_size)
-
-
-def _kl_with_gradient(reverse: bool, temperature_N: Tensor | None, scale_N: Tensor | None) -> TileLoss:
-    """The two KLs, in place and with their gradients in closed form: a third of the passes that autograd makes.
-
-    dD/dz is (q - p)/T for KL(p‖q) and q (log q - log p - D)/T for D = KL(q‖p).
-    """
-
-    def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-        if temperature_N is not None:
-            temperature_R1 = temperature_N.detach()[rows].to(student_RV.dtype).unsqueeze(-1)
-            student_RV, teacher_RV = student_RV.div_(temperature_R1), teacher_RV.div_(temperature_R1)
-        log_q_RV, log_ratio_RV = _log_softmax(student_RV, "log q"), _log_softmax(teacher_RV, "log p")
-        q_RV, p_RV = _exp(log_q_RV, out=student_RV), _exp(log_ratio_RV, out=teacher_RV)
-        log_ratio_RV.sub_(log_q_RV)
-        if reverse:
-            value_R1 = -log_q_RV.copy_(q_RV).mul_(log_ratio_RV).sum(-1, keepdim=True)
-            grad_RV = log_ratio_RV.add_(value_R1).mul_(q_RV).neg_()
-        else:
-            value_R1 = log_ratio_RV.mul_(p_RV).sum(-1, keepdim=True)
-            grad_RV = q_RV.sub_(p_RV)
-        if scale_N is not None:
-            scale_R1 = scale_N[rows].to(student_RV.dtype).unsqueeze(-1)
-            value_R1 = value_R1 * scale_R1
-            grad_RV = grad_RV.mul_(scale_R1 if temperature_N is None else scale_R1 / temperature_R1)
-        return value_R1.sum(), grad_RV if wants_grad else None
-
-    return loss
+    return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], loss, vocab_size)[0]
 
 
-def _log_softmax(logits_RV: Tensor, name: str) -> Tensor:
-    """Log-probabilities in the buffer ``name``. That of probability 0 is the lowest finite number, so that their
-    product is 0."""
-    out_RV = buffer(name, logits_RV.shape, logits_RV.dtype, logits_RV.device)
-    torch.log_softmax(logits_RV, dim=-1, out=out_RV)
-    return out_RV.clamp_min_(torch.finfo(out_RV.dtype).min)
+def _cross_entropy(
+    student_RV: Tensor, labels_R: Tensor, wants_grad: bool, weight_R1: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Σ -log q(label) and its gradient q - onehot, in a buffer; the logits stay as they are."""
+    log_q_RV, labels_R1 = log_softmax(student_RV, "log q"), labels_R.unsqueeze(-1)
+    value_R1 = -log_q_RV.gather(1, labels_R1)
+    if not wants_grad:
+        return (value_R1 if weight_R1 is None else value_R1 * weight_R1).sum(), None
+    grad_RV = exp(log_q_RV, out=buffer("gradient of cross-entropy", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
+    grad_RV.scatter_add_(1, labels_R1, torch.full_like(value_R1, -1.0))
+    if weight_R1 is not None:
+        value_R1, grad_RV = value_R1 * weight_R1, grad_RV.mul_(weight_R1)
+    return value_R1.sum(), grad_RV
 
 
-def _exp(log_RV: Tensor, out: Tensor) -> Tensor:
-    """exp by way of 2^x, whose CPU kernel is twice as fast where MKL is not on Intel's processors."""
-    return torch.mul(log_RV, math.log2(math.e), out=out).exp2_()
+def _sparse_forward_kl(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
+    """-H - Σ_k m_k log q(k), whose mean over the draws of a sparse target is KL(p‖q), and its gradient q Σm - m."""
+    log_q_RV, ids_RK = log_softmax(student_RV, "log q"), target.ids_NK.long()
+    mass_RK = target.mass_NK.to(log_q_RV.dtype)
+    value_R1 = -target.entropy_N.to(log_q_RV.dtype).unsqueeze(-1) - (mass_RK * log_q_RV.gather(1, ids_RK)).sum(
+        -1, keepdim=True
+    )
+    grad_RV = exp(log_q_RV, out=student_RV).mul_(mass_RK.sum(-1, keepdim=True))
+    return value_R1, grad_RV.scatter_add_(1, ids_RK, -mass_RK)
+
+
+def _entropy(logits_RV: Tensor) -> Tensor:
+    """(R,) nats of softmax(logits)."""
+    log_q_RV = log_softmax(logits_RV, "log q")
+    q_RV = exp(log_q_RV, out=buffer("q", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
+    return -log_q_RV.mul_(q_RV).sum(-1)
+
+
+def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    return value_N.detach()[rows].to(dtype).unsqueeze(-1)
+
+
+def _times(grad_RV: Tensor, factor: float) -> Tensor:
+    return grad_RV if factor == 1 else grad_RV.mul_(factor)
 
 
 @torch.no_grad()
 def linear_statistics(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
-    teacher_hidden_NE: Tensor,
-    teacher_weight_UE: Tensor | None,
+    teacher_hidden_NE: Tensor | None = None,
+    teacher_weight_UE: Tensor | None = None,
     *,
+    divergence: str = "forward_kl",
+    temperature_N: Tensor | None = None,
     vocab_size: int | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """How close the student is to the teacher, per token, at temperature 1 and without gradient.
+    """What the student's output is like, and how close it is to the teacher's, per token and without gradient.
 
-    The tensors are those of `linear_divergence`.
+    The tensors are those of `linear_divergence`; without the teacher's only the entropy is found.
 
     Returns
     -------
     dict
-        (N,) tensors: ``kl``, KL(p‖q) in nats; ``agreement``, whether both have the same most likely token.
+        (N,) tensors: ``entropy`` of q at T = 1, nats; ``divergence`` in nats at the temperatures, without s(T);
+        ``agreement``, whether both have the same most likely token.
     """
     vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
-    dtype, device = compute_dtype(student_hidden_ND), student_hidden_ND.device
-    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], dtype, "logits")
-    teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
-    n_tokens = len(student_hidden_ND)
-    kl_N = torch.zeros(n_tokens, dtype=dtype, device=device)
+    dtype, device, n_tokens = compute_dtype(student_hidden_ND), student_hidden_ND.device, len(student_hidden_ND)
+    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], "logits")
+    teacher = None
+    if teacher_hidden_NE is not None:
+        teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
+    entropy_N = torch.zeros(n_tokens, dtype=dtype, device=device)
+    divergence_N = torch.zeros(n_tokens, dtype=dtype, device=device)
     agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
     for tile in slices(n_tokens, tile_rows(vocab_size, device)):
-        student_RV, teacher_RV = student(tile), teacher(tile)
+        student_RV, teacher_RV = student(tile), None if teacher is None else teacher(tile)
         for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
             rows = slice(tile.start + piece.start, tile.start + piece.stop)
-            agreement_N[rows] = student_RV[piece].argmax(-1) == teacher_RV[piece].argmax(-1)
-            log_ratio_RV = _log_softmax(teacher_RV[piece], "log p")
-            p_RV = _exp(log_ratio_RV, out=teacher_RV[piece])
-            kl_N[rows] = log_ratio_RV.sub_(_log_softmax(student_RV[piece], "log q")).mul_(p_RV).sum(-1)
-    return {"kl": kl_N, "agreement": agreement_N}
+            own_RV = student_RV[piece]
+            entropy_N[rows] = _entropy(own_RV)
+            if teacher_RV is not None:
+                agreement_N[rows] = own_RV.argmax(-1) == teacher_RV[piece].argmax(-1)
+                temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
+                value_R1, _ = value_and_gradient(
+                    own_RV, teacher_RV[piece], temperature_R1, divergence, dict(settings or {})
+                )
+                divergence_N[rows] = value_R1.squeeze(-1)
+    found = {"entropy": entropy_N}
+    return found if teacher is None else found | {"divergence": divergence_N, "agreement": agreement_N}
 
 
-def _teacher_logits(
-    hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype
-) -> Callable[[slice], Tensor]:
+def _teacher_logits(hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype) -> RowsOf:
     """Logits of some rows, computed or, where there is no projection, as they are given."""
     if weight_UE is not None:
-        return projection(hidden_NE, weight_UE[:vocab_size], dtype, "teacher")
+        return projection(hidden_NE, weight_UE[:vocab_size], "teacher")
 
     def given(rows: slice) -> Tensor:
         logits_RU = hidden_NE.detach()[rows, :vocab_size]
@@ -222,19 +348,20 @@ def _rows(weight_VD: Tensor, vocab_size: int | None, owner: str) -> int:
 def _vocabulary(
     student_hidden_ND: Tensor,
     student_weight_VD: Tensor,
-    teacher_hidden_NE: Tensor,
+    teacher_hidden_NE: Tensor | None,
     teacher_weight_UE: Tensor | None,
     vocab_size: int | None,
 ) -> int:
     """The vocabulary that both sides share, after checking that both sides fit together."""
-    if len(student_hidden_ND) != len(teacher_hidden_NE):
-        raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(teacher_hidden_NE)} teacher tokens")
-    # Given logits have as many columns as a projection has rows.
-    teacher_UN = teacher_hidden_NE.T if teacher_weight_UE is None else teacher_weight_UE
-    if vocab_size is None and len(student_weight_VD) != len(teacher_UN):
-        raise ValueError(
-            f"the student's output projection has {len(student_weight_VD)} rows and the teacher's "
-            f"{len(teacher_UN)}; pass vocab_size, the tokenizer's length"
-        )
-    _rows(teacher_UN, vocab_size, "teacher")
+    if teacher_hidden_NE is not None:
+        if len(student_hidden_ND) != len(teacher_hidden_NE):
+            raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(teacher_hidden_NE)} teacher tokens")
+        # Given logits have as many columns as a projection has rows.
+        teacher_UN = teacher_hidden_NE.T if teacher_weight_UE is None else teacher_weight_UE
+        if vocab_size is None and len(student_weight_VD) != len(teacher_UN):
+            raise ValueError(
+                f"the student's output projection has {len(student_weight_VD)} rows and the teacher's "
+                f"{len(teacher_UN)}; pass vocab_size, the tokenizer's length"
+            )
+        _rows(teacher_UN, vocab_size, "teacher")
     return _rows(student_weight_VD, vocab_size, "student")

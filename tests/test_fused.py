@@ -9,10 +9,14 @@ import pytest
 import torch
 from references import formulas
 
+import entkd.fused
+import entkd.kernels
+import entkd.products
 import entkd.tiles
 from entkd.config import DIVERGENCE_NAMES
 from entkd.divergences import DIVERGENCES
-from entkd.fused import linear_cross_entropy, linear_divergence, linear_statistics
+from entkd.fused import linear_cross_entropy, linear_distillation, linear_divergence, linear_statistics
+from entkd.sparse import SparseTarget, draw_target, sparse_forward_kl
 
 OTHER_SETTINGS = [
     ("jsd", {"beta": 0.2}),
@@ -107,11 +111,11 @@ def test_no_tensor_spans_all_tokens_and_the_vocabulary(monkeypatch):
     monkeypatch.setattr(entkd.tiles, "tile_rows", lambda vocab, device: 4)
     seen = []
 
-    def spy(student, teacher, temperature, **settings):
+    def spy(student, teacher, temperature, name, settings):
         seen.append(student.shape)
-        return DIVERGENCES["tvd"](student, teacher, temperature)
+        return entkd.kernels.value_and_gradient(student, teacher, temperature, name, settings)
 
-    monkeypatch.setitem(DIVERGENCES, "todi", spy)
+    monkeypatch.setattr(entkd.fused, "value_and_gradient", spy)
     run(problem(), divergence="todi")
     assert sum(shape[0] for shape in seen) == N
     assert max(shape[0] for shape in seen) <= 4
@@ -179,7 +183,7 @@ def test_gradients_scale_with_what_follows_and_reach_only_the_student():
 
 def test_without_gradients_only_the_value_is_made(monkeypatch):
     tensors = problem()
-    monkeypatch.setattr(entkd.tiles, "_add_product", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr(entkd.tiles, "add_product", lambda *_: pytest.fail("a gradient was computed"))
     expected = definition("jsd", tensors, torch.ones(N), torch.ones(N), lambda t: 1)[0]
     with torch.no_grad():
         frozen = linear_divergence(
@@ -212,6 +216,11 @@ def close_pair(weight_dtype):
     return hidden, (teacher.float() + step).to(weight_dtype), hidden, teacher
 
 
+def rounded(tensors):
+    """The student's tensors as bf16 products take them, in fp64."""
+    return [tensor.bfloat16().double().requires_grad_() for tensor in tensors[:2]]
+
+
 def relative_error(gradient, reference):
     return ((gradient.double() - reference).norm() / reference.norm()).item()
 
@@ -220,7 +229,7 @@ def relative_error(gradient, reference):
 @pytest.mark.parametrize("name", DIVERGENCE_NAMES)
 def test_bf16_gradients_are_within_one_percent_where_bf16_logits_are_not(name, weight_dtype):
     tensors = close_pair(weight_dtype)
-    h64, w64 = (tensor.double().requires_grad_() for tensor in tensors[:2])
+    h64, w64 = rounded(tensors)
     # The dense functions in fp64 are held by the formulas in test_divergences.py.
     values = DIVERGENCES[name](h64 @ w64.T, tensors[2].double() @ tensors[3].double().T)
     values.sum().backward()
@@ -237,7 +246,7 @@ def test_bf16_gradients_are_within_one_percent_where_bf16_logits_are_not(name, w
 
 def test_bf16_without_autocast_and_fp32_states_under_autocast_are_as_good():
     tensors = close_pair(torch.float32)
-    h64, w64 = (tensor.double().requires_grad_() for tensor in tensors[:2])
+    h64, w64 = rounded(tensors)
     DIVERGENCES["forward_kl"](h64 @ w64.T, tensors[2].double() @ tensors[3].double().T).sum().backward()
     assert relative_error(run(tensors, divergence="forward_kl")[2], w64.grad) < 0.01
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -261,7 +270,7 @@ def test_given_log_probabilities_do_as_well_as_hidden_states(name, monkeypatch):
     """
     monkeypatch.setattr("entkd.tiles.tile_rows", lambda vocab, device: 50)
     tensors = close_pair(torch.float32)
-    h64, w64 = (tensor.double().requires_grad_() for tensor in tensors[:2])
+    h64, w64 = rounded(tensors)
     logits = tensors[2].double() @ tensors[3].double().T
     temperatures = torch.linspace(0.5, 2, len(logits), dtype=torch.float64)
     DIVERGENCES[name](h64 @ w64.T, logits, temperatures).sum().backward()
@@ -272,16 +281,16 @@ def test_given_log_probabilities_do_as_well_as_hidden_states(name, monkeypatch):
     assert relative_error(dh, h64.grad) < 0.01
     close = linear_statistics(*given)
     expected = linear_statistics(*tensors)
-    torch.testing.assert_close(close["kl"], expected["kl"], rtol=5e-3, atol=1e-4)
+    torch.testing.assert_close(close["divergence"], expected["divergence"], rtol=5e-3, atol=1e-4)
 
 
 def test_the_bf16_units_are_switched_on_for_one_product_only():
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    with entkd.tiles._mkldnn_bf16():
+    with entkd.products._mkldnn_bf16(True):
         assert matmul.fp32_precision == "bf16"
     assert matmul.fp32_precision == before
-    with pytest.raises(RuntimeError), entkd.tiles._mkldnn_bf16():
+    with pytest.raises(RuntimeError), entkd.products._mkldnn_bf16(True):
         raise RuntimeError
     assert matmul.fp32_precision == before
 
@@ -307,24 +316,171 @@ def test_cross_entropy(weighted):
     assert empty.item() == 0
 
 
+def small_tiles(monkeypatch):
+    for module in (entkd.tiles, entkd.fused):
+        monkeypatch.setattr(module, "tile_rows", lambda vocab, device: 5)
+        monkeypatch.setattr(module, "piece_rows", lambda vocab, device: 2)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_terms_over_one_projection_equal_the_two_alone(monkeypatch, divergence, weighted):
+    small_tiles(monkeypatch)
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    labels, keywords = torch.arange(N) % V, {"divergence": divergence}
+    if weighted:
+        weights[[0, 7]] = 0
+        keywords |= {"temperature_N": temperatures, "weight_N": weights}
+    alone = run(tensors, **keywords)
+    h, w = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    ce = linear_cross_entropy(h, w, labels)
+    ce.backward()
+    both_h, both_w = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    if weighted:  # a token of weight 0 has a cross-entropy all the same
+        tensors[2][7] = math.nan
+    both = linear_distillation(
+        both_h, both_w, *tensors[2:], labels_N=labels, divergence_weight=0.7, cross_entropy_weight=1.5, **keywords
+    )
+    both.total.backward()
+    assert_close(
+        (both.total.item(), both_h.grad, both_w.grad),
+        (
+            0.7 * alone[0] + 1.5 * ce.item(),
+            0.7 * alone[1] + 1.5 * h.grad,
+            0.7 * alone[2] + 1.5 * w.grad,
+        ),
+        1e-12,
+    )
+    assert both.divergence.item() == pytest.approx(alone[0], rel=1e-12)
+    assert both.cross_entropy.item() == pytest.approx(ce.item(), rel=1e-12)
+    assert not both.divergence.requires_grad
+    assert not both.cross_entropy.requires_grad
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_gradients_follow_finite_differences(monkeypatch, name, settings):
+    """Along random directions in fp64; the weights that adaptive_kl and todi hold fixed are held fixed here too."""
+    small_tiles(monkeypatch)
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    _, dh, dw = run(tensors, divergence=name, settings=settings, temperature_N=temperatures, weight_N=weights)
+    h, w, th, tw = tensors
+    scale = (weights * temperatures**2).unsqueeze(-1)
+    teacher = torch.log_softmax(th @ tw.T / temperatures.unsqueeze(-1), -1)
+    student = torch.log_softmax(h @ w.T / temperatures.unsqueeze(-1), -1)
+    sigma = torch.sigmoid(teacher - student)
+    shares = entkd.divergences.adaptive_shares(
+        teacher.exp(), student.exp(), settings.get("mu", 0.5), settings.get("variant", "authors")
+    ).unsqueeze(-1)
+
+    def value(h, w):
+        if name not in ("adaptive_kl", "todi"):
+            logits = h @ w.T, th @ tw.T, temperatures
+            return (scale.squeeze(-1) * DIVERGENCES[name](*logits, **settings)).sum()
+        log_q = torch.log_softmax(h @ w.T / temperatures.unsqueeze(-1), -1)
+        forward, reverse = teacher.exp() * (teacher - log_q), log_q.exp() * (log_q - teacher)
+        frozen = shares if name == "adaptive_kl" else sigma
+        return (scale * (frozen * forward + (1 - frozen) * reverse)).sum()
+
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(3):
+        eh, ew = (torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (h, w))
+        step = 1e-6
+        slope = (value(h + step * eh, w + step * ew) - value(h - step * eh, w - step * ew)) / (2 * step)
+        expected = (dh * eh).sum() + (dw * ew).sum()
+        assert slope.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sparse_target_follows_its_dense_reference(monkeypatch, dtype):
+    small_tiles(monkeypatch)
+    h, w, th, tw = problem(dtype)
+    logits = th @ tw.T
+    uniform = torch.rand(N, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ids, mass = draw_target(logits, 3, uniform)
+    assert (mass == 0).any()
+    target = SparseTarget(ids, mass, -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).float())
+    weights = extras(dtype)[1]
+    weights[4] = 0
+    dense_h, dense_w = (tensor.clone().requires_grad_() for tensor in (h, w))
+    expected = (weights * sparse_forward_kl(dense_h @ dense_w.T, target)).sum()
+    expected.backward()
+    h, w = h.requires_grad_(), w.requires_grad_()
+    value = linear_divergence(h, w, target=target, weight_N=weights)
+    value.backward()
+    assert_close((value.item(), h.grad, w.grad), (expected.item(), dense_h.grad, dense_w.grad), 1e-5)
+
+
+def test_a_sparse_target_that_holds_everything_gives_the_forward_kl():
+    h, w, th, tw = problem()
+    logits = th @ tw.T
+    ids, mass = draw_target(logits, V, torch.zeros(N, 1, dtype=torch.float64))
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    h, w = h.requires_grad_(), w.requires_grad_()
+    value = linear_divergence(h, w, target=SparseTarget(ids, mass, entropy))
+    value.backward()
+    expected = run((h.detach(), w.detach(), th, tw), divergence="forward_kl")
+    assert_close((value.item(), h.grad, w.grad), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"divergence": "reverse_kl"}, "not reverse_kl; use hidden states"),
+        ({"temperature_N": torch.ones(2)}, "at other temperatures; use hidden states"),
+        ({"teacher_hidden_NE": torch.ones(2, 4)}, "not both"),
+    ],
+)
+def test_a_sparse_target_is_refused_for_what_it_cannot_give(keywords, match):
+    target = SparseTarget(torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1), torch.zeros(2))
+    with pytest.raises(ValueError, match=match):
+        linear_divergence(torch.ones(2, 4), torch.ones(5, 4), target=target, **keywords)
+    with pytest.raises(ValueError, match="2 student tokens but 1 teacher tokens"):
+        linear_divergence(torch.ones(2, 4), torch.ones(5, 4), target=target[:1])
+
+
+def test_weights_from_the_students_own_output_are_formed_in_the_tile(monkeypatch):
+    small_tiles(monkeypatch)
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    seen = torch.zeros(N, dtype=torch.float64)
+
+    def token_weight(entropy_R, divergence_R, rows):
+        seen[rows] = entropy_R
+        return entropy_R + 2 * divergence_R
+
+    statistics = linear_statistics(*tensors, divergence="jsd", temperature_N=temperatures)
+    own = statistics["entropy"] + 2 * statistics["divergence"]
+    keywords = {"divergence": "jsd", "temperature_N": temperatures}
+    expected = run(tensors, **keywords, weight_N=weights * own)
+    assert_close(run(tensors, **keywords, weight_N=weights, token_weight=token_weight), expected, 1e-12)
+    torch.testing.assert_close(seen, statistics["entropy"])
+
+
 def test_statistics(monkeypatch):
-    monkeypatch.setattr("entkd.fused.tile_rows", lambda vocab, device: 5)
-    monkeypatch.setattr("entkd.fused.piece_rows", lambda vocab, device: 2)
+    small_tiles(monkeypatch)
     h, w, noise, _ = problem()
     # A teacher that sometimes agrees: the student in two more dimensions, with noise.
     th, tw = torch.cat([h, torch.ones(N, E - D)], 1) + 0.4 * noise, torch.cat([w, torch.zeros(V, E - D)], 1)
     padded = torch.cat([w, torch.full((3, D), math.nan)])
     result = linear_statistics(h.requires_grad_(), padded, th, tw, vocab_size=V)
-    assert set(result) == {"kl", "agreement"}
+    assert set(result) == {"entropy", "divergence", "agreement"}
     for i in range(N):
         student, teacher = (
             (rows.detach().double() @ weight.double().T)[i].numpy() for rows, weight in ((h, w), (th, tw))
         )
         q, p = formulas.softmax(student), formulas.softmax(teacher)
-        assert result["kl"][i].item() == pytest.approx(formulas.kl(p, q), rel=1e-4)
+        assert result["divergence"][i].item() == pytest.approx(formulas.kl(p, q), rel=1e-4)
+        assert result["entropy"][i].item() == pytest.approx(-(q * np.log(q)).sum(), rel=1e-4)
         assert result["agreement"][i].item() == (student.argmax() == teacher.argmax())
     assert not any(tensor.requires_grad for tensor in result.values())
     assert 0 < result["agreement"].sum() < N
+    temperatures = extras()[0]
+    other = linear_statistics(
+        h, w, th, tw, divergence="alpha_beta", temperature_N=temperatures, settings={"alpha": 0.5}
+    )
+    dense = DIVERGENCES["alpha_beta"](h @ w.T, th @ tw.T, temperatures, alpha=0.5)
+    torch.testing.assert_close(other["divergence"], dense.detach())
+    torch.testing.assert_close(other["entropy"], result["entropy"])
+    assert set(linear_statistics(h, w)) == {"entropy"}
     assert all(len(tensor) == 0 for tensor in linear_statistics(h[:0], w, th[:0], tw).values())
 
 

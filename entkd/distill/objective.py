@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from entkd.config import Method
 from entkd.data.packing import Batch
 from entkd.features import Projectors, feature_loss
-from entkd.fused import linear_cross_entropy, linear_divergence
+from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.models import layer_points, output_weight, trunk_forward
 from entkd.sparse import SparseTarget
 
@@ -134,9 +134,32 @@ class Objective(nn.Module):
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         if method.divergence is not None:
-            terms["kd"] = self._divergence(hidden_ND, weight_VD, micro) / max(1, positions)
-            loss = loss + method.divergence.weight * terms["kd"]
-        if method.ce is not None:
+            teacher = micro.teacher()
+            assert teacher is not None
+            # Sparse targets are at T = 1, and `TeacherTargets` has refused methods of other temperatures.
+            sparse = teacher if isinstance(teacher, SparseTarget) else None
+            # One projection of the student serves both terms.
+            head = linear_distillation(
+                hidden_ND,
+                weight_VD,
+                None if isinstance(teacher, SparseTarget) else teacher,
+                self.teacher_head_UE,
+                target=sparse,
+                labels_N=batch.labels_N if method.ce is not None else None,
+                divergence=method.divergence.name,
+                settings=method.divergence.parameters(),
+                divergence_weight=method.divergence.weight,
+                cross_entropy_weight=method.ce.weight if method.ce is not None else 1.0,
+                temperature_N=micro.temperature_N if sparse is None else None,
+                weight_N=micro.weight_N,
+                t2=method.temperature.t2 if method.temperature is not None else "per_token",
+                vocab_size=self.vocab_size,
+            )
+            loss = loss + head.total / max(1, positions)
+            terms["kd"] = head.divergence / max(1, positions)
+            if method.ce is not None:
+                terms["ce"] = head.cross_entropy / max(1, positions)
+        elif method.ce is not None:
             total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
             terms["ce"] = total / max(1, positions)
             loss = loss + method.ce.weight * terms["ce"]
@@ -144,33 +167,6 @@ class Objective(nn.Module):
             terms["features"] = self._features(captured, micro, hard)
             loss = loss + method.features.weight * terms["features"]
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
-
-    def _divergence(self, hidden_ND: Tensor, weight_VD: Tensor, micro: MicroBatch) -> Tensor:
-        """Σ_i w_i s(T_i) D_i of the micro-batch."""
-        divergence, temperature, teacher = self.method.divergence, self.method.temperature, micro.teacher()
-        assert divergence is not None
-        assert teacher is not None
-        if isinstance(teacher, SparseTarget):  # at T = 1, as TeacherTargets has made sure
-            return linear_divergence(
-                hidden_ND,
-                weight_VD,
-                target=teacher,
-                divergence=divergence.name,
-                weight_N=micro.weight_N,
-                vocab_size=self.vocab_size,
-            )
-        return linear_divergence(
-            hidden_ND,
-            weight_VD,
-            teacher,
-            self.teacher_head_UE,
-            divergence=divergence.name,
-            settings=divergence.parameters(),
-            temperature_N=micro.temperature_N,
-            weight_N=micro.weight_N,
-            t2=temperature.t2 if temperature is not None else "per_token",
-            vocab_size=self.vocab_size,
-        )
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
         """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""

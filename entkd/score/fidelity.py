@@ -95,7 +95,7 @@ def _per_token(
             statistics = linear_statistics(
                 hidden_ND[tile], weight_VD, teacher_R.to(model.device), head_UE, vocab_size=store.vocab_size
             )
-            kl_R[tokens_R] = statistics["kl"].double().cpu()
+            kl_R[tokens_R] = statistics["divergence"].double().cpu()
             agreement_R[tokens_R] = statistics["agreement"].double().cpu()
     return kl_R, agreement_R
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.models import assert_linear_head, output_weight, trunk_forward, vocab_rows
+from entkd.products import compute_dtype
 from entkd.progress import Progress
-from entkd.tiles import compute_dtype, piece_rows, slices, tile_rows
+from entkd.tiles import piece_rows, slices, tile_rows
 from entkd.workspace import buffer
 
 

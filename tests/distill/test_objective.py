@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from entkd.config import Method
+from entkd.config import Method, Signals
 from entkd.data import Corpus
 from entkd.data.packing import collate
 from entkd.distill.objective import Objective
 from entkd.distill.targets import TeacherTargets
 from entkd.models import load_model
+from entkd.signals.write import write_signals
+from entkd.sparse import sparse_forward_kl
 
 PAD = 2
 
@@ -194,3 +196,37 @@ def test_the_teachers_head_is_neither_trained_nor_saved(tiny) -> None:
     objective = build(tiny, Method.model_validate({"divergence": "forward_kl"}))[0]
     assert not objective.teacher_head_UE.requires_grad
     assert "teacher_head_UE" not in objective.state_dict()
+
+
+@pytest.mark.parametrize("ce", [None, {"weight": 0.3}])
+def test_sparse_targets_train_by_their_dense_reference(tiny, tmp_path, ce) -> None:
+    """Through packing, micro-batches and tiles, with curriculum and cross-entropy; every document alone beside it."""
+    settings = Signals(mode="sparse", sparse={"top_k": 5, "samples": 7})
+    signals = tmp_path / "manifest.json"
+    needs = {"features": None, "splits": ["train"]}
+    write_signals(settings, needs, tiny.teacher, tiny.data, tmp_path / "cache", signals, "fp32")
+    patch = {"divergence": "forward_kl", "curriculum": {}, "temperature": {"base": 1.0, "c": 0.0}, "ce": ce}
+    method, corpus = Method.model_validate(patch), Corpus.open(tiny.data, "train")
+    targets = TeacherTargets(method, signals, tiny.data, corpus, seed=0)
+    objective = Objective(load_model(tiny.student), method, vocab_size=300, teacher_head_UE=targets.head_UE)
+    loss, gradient, _ = loss_and_gradient(objective, targets, corpus, [[[5, 0], [17, 3]], [[9, 30]]], u=0.8)
+
+    student = load_model(tiny.student)
+    documents = [5, 0, 17, 3, 9, 30]
+    tokens_N = torch.cat([torch.arange(*corpus.response_offsets[[i, i + 1]].tolist()) for i in documents])
+    weight_N = 1 + 0.8 * 0.6 * (2 * targets.difficulty_R[tokens_N] - 1)
+    logits, labels = [], []
+    for document in documents:
+        ids, prompt_length = corpus.document(document)
+        ids_L = torch.as_tensor(ids.astype(np.int64))
+        logits.append(student(ids_L[None]).logits[0, prompt_length - 1 : -1])
+        labels.append(ids_L[prompt_length:])
+    value_N = sparse_forward_kl(torch.cat(logits), targets.split.sparse(tokens_N))
+    expected = (weight_N / weight_N.mean() * value_N).mean()
+    if ce is not None:
+        expected = expected + 0.3 * torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(labels))
+    expected.backward()
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name, parameter in student.named_parameters():
+        difference = (gradient[f"student.{name}"] - parameter.grad).norm()
+        assert difference < 1e-3 * parameter.grad.norm(), name

@@ -1,0 +1,172 @@
+"""Value and gradient of every divergence in closed form, for a few rows of logits.
+
+A divergence is D = Σ_v f(p_v, q_v) with q = softmax(z/T). By the chain rule through the softmax
+
+    dD/dz_v = (a_v - q_v Σ_u a_u) / T,   a_v = q_v ∂f/∂q_v
+
+so f and a say all about it (`TERMS`); a may be off by a multiple of q, which the bracket takes out. The readable
+definitions are in ``entkd.divergences``; tests hold both together.
+
+Shapes: R rows, V vocabulary. "1" is a dimension of length 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entkd.divergences import adaptive_shares, log_mixture
+from entkd.workspace import buffer
+
+Terms = Callable[..., tuple[Tensor, Tensor]]
+"""(p, q, log p, log q, **settings), each (R, V) → f and a. All four are finite: log 0 is the lowest number."""
+
+
+def _forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    return p * (log_p - log_q), -p
+
+
+def _reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    a = q * (log_q - log_p)
+    return a, a
+
+
+def _jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    if beta == 0:
+        return _forward_kl(p, q, log_p, log_q)
+    if beta == 1:
+        return _reverse_kl(p, q, log_p, log_q)
+    log_m = log_mixture(p, q, beta)
+    a = (1 - beta) * q * (log_q - log_m)
+    return beta * p * (log_p - log_m) + a, a
+
+
+def _skew_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
+    if alpha == 0:
+        return _forward_kl(p, q, log_p, log_q)
+    log_m = log_mixture(p, q, alpha)
+    return p * (log_p - log_m), (alpha - 1) * p * (log_q - log_m).exp()
+
+
+def _skew_reverse_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, alpha: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    if alpha == 0:
+        return _reverse_kl(p, q, log_p, log_q)
+    log_m = log_mixture(q, p, alpha)
+    f = q * (log_q - log_m)
+    return f, f - alpha * q * (log_q - log_m).exp()
+
+
+def _adaptive_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, mu: float = 0.5, variant: str = "authors"
+) -> tuple[Tensor, Tensor]:
+    share = adaptive_shares(p, q, mu, variant).unsqueeze(-1)
+    forward, reverse = p * (log_p - log_q), q * (log_q - log_p)
+    return share * forward + (1 - share) * reverse, (1 - share) * reverse - share * p
+
+
+def _alpha_beta(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, alpha: float = 0.2, beta: float = 0.7
+) -> tuple[Tensor, Tensor]:
+    total = alpha + beta
+    cross, own = (alpha * log_p + beta * log_q).exp(), (total * log_q).exp()
+    f = (alpha / total * (total * log_p).exp() + beta / total * own - cross) / (alpha * beta)
+    return f, (own - cross) / alpha
+
+
+def _todi(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    log_ratio = log_p - log_q
+    w = torch.sigmoid(log_ratio)
+    reverse = (1 - w) * q * log_ratio
+    return w * p * log_ratio - reverse, (1 - w) * q - reverse - w * p
+
+
+def _tvd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    difference = p - q
+    return 0.5 * difference.abs(), -0.5 * q * difference.sign()
+
+
+TERMS: dict[str, Terms] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "adaptive_kl": _adaptive_kl,
+    "alpha_beta": _alpha_beta,
+    "todi": _todi,
+    "tvd": _tvd,
+}
+"""f and a of every divergence."""
+
+
+def value_and_gradient(
+    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor | None, name: str, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A divergence of each row, (R, 1) in nats, and its gradient by the student's logits, (R, V).
+
+    Both inputs may be overwritten.
+    """
+    if student_RV.device.type == "cpu" and name in ("forward_kl", "reverse_kl"):
+        return _kl_in_place(student_RV, teacher_RV, temperature_R1, name == "reverse_kl")
+    function = _compiled if student_RV.device.type == "cuda" else _out_of_place
+    return function(student_RV, teacher_RV, temperature_R1, TERMS[name], settings)
+
+
+def _out_of_place(
+    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor | None, terms: Terms, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """By `TERMS`, in plain operations that a compiler can fuse."""
+    if temperature_R1 is not None:
+        student_RV, teacher_RV = student_RV / temperature_R1, teacher_RV / temperature_R1
+    lowest = torch.finfo(student_RV.dtype).min
+    log_q_RV = torch.log_softmax(student_RV, -1).clamp_min(lowest)
+    log_p_RV = torch.log_softmax(teacher_RV, -1).clamp_min(lowest)
+    q_RV = log_q_RV.exp()
+    f_RV, a_RV = terms(log_p_RV.exp(), q_RV, log_p_RV, log_q_RV, **settings)
+    grad_RV = a_RV - q_RV * a_RV.sum(-1, keepdim=True)
+    return f_RV.sum(-1, keepdim=True), grad_RV if temperature_R1 is None else grad_RV / temperature_R1
+
+
+_compiled = torch.compile(_out_of_place, dynamic=True)
+"""One kernel for each pass over memory. Not on a CPU: compiling takes half a minute there, and the two KLs in place
+are as fast."""
+
+
+def _kl_in_place(
+    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The two KLs without temporary tensors: in caches of a CPU, half the time of `_out_of_place`.
+
+    dD/dz is (q - p)/T for KL(p‖q) and q (log q - log p - D)/T for D = KL(q‖p).
+    """
+    if temperature_R1 is not None:
+        student_RV, teacher_RV = student_RV.div_(temperature_R1), teacher_RV.div_(temperature_R1)
+    log_q_RV, log_ratio_RV = log_softmax(student_RV, "log q"), log_softmax(teacher_RV, "log p")
+    q_RV, p_RV = exp(log_q_RV, out=student_RV), exp(log_ratio_RV, out=teacher_RV)
+    log_ratio_RV.sub_(log_q_RV)
+    if reverse:
+        value_R1 = -log_q_RV.copy_(q_RV).mul_(log_ratio_RV).sum(-1, keepdim=True)
+        grad_RV = log_ratio_RV.add_(value_R1).mul_(q_RV).neg_()
+    else:
+        value_R1 = log_ratio_RV.mul_(p_RV).sum(-1, keepdim=True)
+        grad_RV = q_RV.sub_(p_RV)
+    return value_R1, grad_RV if temperature_R1 is None else grad_RV.div_(temperature_R1)
+
+
+def log_softmax(logits_RV: Tensor, name: str) -> Tensor:
+    """Log-probabilities in the buffer ``name``. That of probability 0 is the lowest finite number, so that their
+    product is 0."""
+    out_RV = buffer(name, logits_RV.shape, logits_RV.dtype, logits_RV.device)
+    torch.log_softmax(logits_RV, dim=-1, out=out_RV)
+    return out_RV.clamp_min_(torch.finfo(out_RV.dtype).min)
+
+
+def exp(log_RV: Tensor, out: Tensor) -> Tensor:
+    """exp by way of 2^x, whose CPU kernel is twice as fast where MKL is not on Intel's processors."""
+    return torch.mul(log_RV, math.log2(math.e), out=out).exp2_()

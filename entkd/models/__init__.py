@@ -5,7 +5,6 @@ from entkd.models.access import (
     assert_linear_head,
     assert_packing,
     decoder_layers,
-    gather_embedding_gradient,
     layer_points,
     load_model,
     load_tokenizer,
@@ -18,6 +17,7 @@ from entkd.models.access import (
     vocab_rows,
     weights_sha256,
 )
+from entkd.models.on_cpu import gather_embedding_gradient
 from entkd.models.student import init_student
 from entkd.models.teacher import prepare_teacher
 

@@ -16,13 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from entkd.closeness import linear_statistics
 from entkd.divergences import DIVERGENCES
-from entkd.kernels import exp, log_softmax, value_and_gradient
-from entkd.products import RowsOf, compute_dtype, projection
+from entkd.heads import common_rows, teacher_logits, used_rows
+from entkd.kernels import cross_entropy, entropy, sparse_forward_kl, value_and_gradient
+from entkd.products import RowsOf, compute_dtype
 from entkd.sparse import SparseTarget
 from entkd.temperature import loss_scale
-from entkd.tiles import piece_rows, slices, tile_rows, tiled_loss
-from entkd.workspace import buffer
+from entkd.tiles import tiled_loss
+
+__all__ = ["HeadLoss", "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_statistics"]
 
 TokenWeight = Callable[[Tensor, Tensor, slice], Tensor]
 """(entropy of q in nats, divergence in nats, rows), all of R tokens → weights (R,), for weights that a token's own
@@ -137,7 +140,7 @@ def linear_distillation(
             f"a sparse target gives the forward KL at T = 1 only, not {divergence}"
             f"{' at other temperatures' if temperature_N is not None else ''}; use hidden states"
         )
-    vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
+    vocab_size = common_rows(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     if len(given) != len(student_hidden_ND):
         raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(given)} teacher tokens")
     # Tokens of weight 0 are left out and not multiplied by 0: what is in their rows, NaN included, must not matter.
@@ -158,9 +161,9 @@ def linear_distillation(
 
     def divergence_of(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Scaled sum and gradient."""
-        entropy_R = None if token_weight is None else _entropy(student_RV)
+        entropy_R = None if token_weight is None else entropy(student_RV)
         if target is not None:
-            value_R1, grad_RV = _sparse_forward_kl(student_RV, target[rows])
+            value_R1, grad_RV = sparse_forward_kl(student_RV, target[rows])
         else:
             temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
             value_R1, grad_RV = value_and_gradient(student_RV, teacher_RV, temperature_R1, divergence, settings)
@@ -181,7 +184,7 @@ def linear_distillation(
         if labels_N is None:
             value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
             return divergence_weight * value, value, _times(grad_RV, divergence_weight)
-        ce, ce_grad_RV = _cross_entropy(student_RV, labels_N[rows], wants_grad)
+        ce, ce_grad_RV = cross_entropy(student_RV, labels_N[rows], wants_grad)
         value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
         grad_RV = _times(grad_RV, divergence_weight)
         if ce_grad_RV is not None:
@@ -194,7 +197,7 @@ def linear_distillation(
         teacher: RowsOf = lambda rows: student_hidden_ND[rows]  # noqa: E731
     else:
         assert teacher_hidden_NE is not None
-        teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
+        teacher = teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
     total, parts = tiled_loss(
         student_hidden_ND, student_weight_VD, teacher, loss, vocab_size, terms=1 if labels_N is None else 2
     )
@@ -222,49 +225,16 @@ def linear_cross_entropy(
     vocab_size
         Rows of the projection that are tokens.
     """
-    vocab_size = _rows(student_weight_VD, vocab_size, "student")
+    vocab_size = used_rows(student_weight_VD, vocab_size, "student")
 
     def loss(
         student_RV: Tensor, labels_R: Tensor, rows: slice, wants_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         weight_R1 = None if weight_N is None else _column(weight_N, rows, student_RV.dtype)
-        value, grad_RV = _cross_entropy(student_RV, labels_R, wants_grad, weight_R1)
+        value, grad_RV = cross_entropy(student_RV, labels_R, wants_grad, weight_R1)
         return value, value, grad_RV
 
     return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], loss, vocab_size)[0]
-
-
-def _cross_entropy(
-    student_RV: Tensor, labels_R: Tensor, wants_grad: bool, weight_R1: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Σ -log q(label) and its gradient q - onehot, in a buffer; the logits stay as they are."""
-    log_q_RV, labels_R1 = log_softmax(student_RV, "log q"), labels_R.unsqueeze(-1)
-    value_R1 = -log_q_RV.gather(1, labels_R1)
-    if not wants_grad:
-        return (value_R1 if weight_R1 is None else value_R1 * weight_R1).sum(), None
-    grad_RV = exp(log_q_RV, out=buffer("gradient of cross-entropy", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
-    grad_RV.scatter_add_(1, labels_R1, torch.full_like(value_R1, -1.0))
-    if weight_R1 is not None:
-        value_R1, grad_RV = value_R1 * weight_R1, grad_RV.mul_(weight_R1)
-    return value_R1.sum(), grad_RV
-
-
-def _sparse_forward_kl(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
-    """-H - Σ_k m_k log q(k), whose mean over the draws of a sparse target is KL(p‖q), and its gradient q Σm - m."""
-    log_q_RV, ids_RK = log_softmax(student_RV, "log q"), target.ids_NK.long()
-    mass_RK = target.mass_NK.to(log_q_RV.dtype)
-    value_R1 = -target.entropy_N.to(log_q_RV.dtype).unsqueeze(-1) - (mass_RK * log_q_RV.gather(1, ids_RK)).sum(
-        -1, keepdim=True
-    )
-    grad_RV = exp(log_q_RV, out=student_RV).mul_(mass_RK.sum(-1, keepdim=True))
-    return value_R1, grad_RV.scatter_add_(1, ids_RK, -mass_RK)
-
-
-def _entropy(logits_RV: Tensor) -> Tensor:
-    """(R,) nats of softmax(logits)."""
-    log_q_RV = log_softmax(logits_RV, "log q")
-    q_RV = exp(log_q_RV, out=buffer("q", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
-    return -log_q_RV.mul_(q_RV).sum(-1)
 
 
 def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -273,95 +243,3 @@ def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
 
 def _times(grad_RV: Tensor, factor: float) -> Tensor:
     return grad_RV if factor == 1 else grad_RV.mul_(factor)
-
-
-@torch.no_grad()
-def linear_statistics(
-    student_hidden_ND: Tensor,
-    student_weight_VD: Tensor,
-    teacher_hidden_NE: Tensor | None = None,
-    teacher_weight_UE: Tensor | None = None,
-    *,
-    divergence: str = "forward_kl",
-    temperature_N: Tensor | None = None,
-    vocab_size: int | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, Tensor]:
-    """What the student's output is like, and how close it is to the teacher's, per token and without gradient.
-
-    The tensors are those of `linear_divergence`; without the teacher's only the entropy is found.
-
-    Returns
-    -------
-    dict
-        (N,) tensors: ``entropy`` of q at T = 1, nats; ``divergence`` in nats at the temperatures, without s(T);
-        ``agreement``, whether both have the same most likely token.
-    """
-    vocab_size = _vocabulary(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
-    dtype, device, n_tokens = compute_dtype(student_hidden_ND), student_hidden_ND.device, len(student_hidden_ND)
-    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], "logits")
-    teacher = None
-    if teacher_hidden_NE is not None:
-        teacher = _teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
-    entropy_N = torch.zeros(n_tokens, dtype=dtype, device=device)
-    divergence_N = torch.zeros(n_tokens, dtype=dtype, device=device)
-    agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
-    for tile in slices(n_tokens, tile_rows(vocab_size, device)):
-        student_RV, teacher_RV = student(tile), None if teacher is None else teacher(tile)
-        for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
-            rows = slice(tile.start + piece.start, tile.start + piece.stop)
-            own_RV = student_RV[piece]
-            entropy_N[rows] = _entropy(own_RV)
-            if teacher_RV is not None:
-                agreement_N[rows] = own_RV.argmax(-1) == teacher_RV[piece].argmax(-1)
-                temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
-                value_R1, _ = value_and_gradient(
-                    own_RV, teacher_RV[piece], temperature_R1, divergence, dict(settings or {})
-                )
-                divergence_N[rows] = value_R1.squeeze(-1)
-    found = {"entropy": entropy_N}
-    return found if teacher is None else found | {"divergence": divergence_N, "agreement": agreement_N}
-
-
-def _teacher_logits(hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype) -> RowsOf:
-    """Logits of some rows, computed or, where there is no projection, as they are given."""
-    if weight_UE is not None:
-        return projection(hidden_NE, weight_UE[:vocab_size], "teacher")
-
-    def given(rows: slice) -> Tensor:
-        logits_RU = hidden_NE.detach()[rows, :vocab_size]
-        return buffer("teacher", logits_RU.shape, dtype, logits_RU.device).copy_(logits_RU)
-
-    return given
-
-
-def _rows(weight_VD: Tensor, vocab_size: int | None, owner: str) -> int:
-    if vocab_size is None:
-        return len(weight_VD)
-    if len(weight_VD) < vocab_size:
-        raise ValueError(
-            f"the {owner}'s output projection has {len(weight_VD)} rows, the tokenizer {vocab_size} tokens"
-        )
-    return vocab_size
-
-
-def _vocabulary(
-    student_hidden_ND: Tensor,
-    student_weight_VD: Tensor,
-    teacher_hidden_NE: Tensor | None,
-    teacher_weight_UE: Tensor | None,
-    vocab_size: int | None,
-) -> int:
-    """The vocabulary that both sides share, after checking that both sides fit together."""
-    if teacher_hidden_NE is not None:
-        if len(student_hidden_ND) != len(teacher_hidden_NE):
-            raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(teacher_hidden_NE)} teacher tokens")
-        # Given logits have as many columns as a projection has rows.
-        teacher_UN = teacher_hidden_NE.T if teacher_weight_UE is None else teacher_weight_UE
-        if vocab_size is None and len(student_weight_VD) != len(teacher_UN):
-            raise ValueError(
-                f"the student's output projection has {len(student_weight_VD)} rows and the teacher's "
-                f"{len(teacher_UN)}; pass vocab_size, the tokenizer's length"
-            )
-        _rows(teacher_UN, vocab_size, "teacher")
-    return _rows(student_weight_VD, vocab_size, "student")

@@ -7,7 +7,7 @@ A divergence is D = Σ_v f(p_v, q_v) with q = softmax(z/T). By the chain rule th
 so f and a say all about it (`TERMS`); a may be off by a multiple of q, which the bracket takes out. The readable
 definitions are in ``entkd.divergences``; tests hold both together.
 
-Shapes: R rows, V vocabulary. "1" is a dimension of length 1.
+Shapes: R rows, V vocabulary, K slots of a sparse target. "1" is a dimension of length 1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from entkd.divergences import adaptive_shares, log_mixture
+from entkd.sparse import SparseTarget
 from entkd.workspace import buffer
 
 Terms = Callable[..., tuple[Tensor, Tensor]]
@@ -170,3 +171,36 @@ def log_softmax(logits_RV: Tensor, name: str) -> Tensor:
 def exp(log_RV: Tensor, out: Tensor) -> Tensor:
     """exp by way of 2^x, whose CPU kernel is twice as fast where MKL is not on Intel's processors."""
     return torch.mul(log_RV, math.log2(math.e), out=out).exp2_()
+
+
+def cross_entropy(
+    student_RV: Tensor, labels_R: Tensor, wants_grad: bool, weight_R1: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Σ -log q(label) and its gradient q - onehot, in a buffer; the logits stay as they are."""
+    log_q_RV, labels_R1 = log_softmax(student_RV, "log q"), labels_R.unsqueeze(-1)
+    value_R1 = -log_q_RV.gather(1, labels_R1)
+    if not wants_grad:
+        return (value_R1 if weight_R1 is None else value_R1 * weight_R1).sum(), None
+    grad_RV = exp(log_q_RV, out=buffer("gradient of cross-entropy", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
+    grad_RV.scatter_add_(1, labels_R1, torch.full_like(value_R1, -1.0))
+    if weight_R1 is not None:
+        value_R1, grad_RV = value_R1 * weight_R1, grad_RV.mul_(weight_R1)
+    return value_R1.sum(), grad_RV
+
+
+def sparse_forward_kl(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
+    """-H - Σ_k m_k log q(k), whose mean over the draws of a sparse target is KL(p‖q), and its gradient q Σm - m."""
+    log_q_RV, ids_RK = log_softmax(student_RV, "log q"), target.ids_NK.long()
+    mass_RK = target.mass_NK.to(log_q_RV.dtype)
+    value_R1 = -target.entropy_N.to(log_q_RV.dtype).unsqueeze(-1) - (mass_RK * log_q_RV.gather(1, ids_RK)).sum(
+        -1, keepdim=True
+    )
+    grad_RV = exp(log_q_RV, out=student_RV).mul_(mass_RK.sum(-1, keepdim=True))
+    return value_R1, grad_RV.scatter_add_(1, ids_RK, -mass_RK)
+
+
+def entropy(logits_RV: Tensor) -> Tensor:
+    """(R,) nats of softmax(logits)."""
+    log_q_RV = log_softmax(logits_RV, "log q")
+    q_RV = exp(log_q_RV, out=buffer("q", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
+    return -log_q_RV.mul_(q_RV).sum(-1)

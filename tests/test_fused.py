@@ -9,6 +9,7 @@ import pytest
 import torch
 from references import formulas
 
+import entkd.closeness
 import entkd.fused
 import entkd.kernels
 import entkd.products
@@ -317,7 +318,7 @@ def test_cross_entropy(weighted):
 
 
 def small_tiles(monkeypatch):
-    for module in (entkd.tiles, entkd.fused):
+    for module in (entkd.tiles, entkd.closeness):
         monkeypatch.setattr(module, "tile_rows", lambda vocab, device: 5)
         monkeypatch.setattr(module, "piece_rows", lambda vocab, device: 2)
 

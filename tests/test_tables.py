@@ -315,6 +315,19 @@ def test_scores_alone_give_the_t_test_over_seeds(
     pd.testing.assert_frame_equal(effects, results[2])
 
 
+def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(rewritten: tuple[Path, pd.DataFrame]) -> None:
+    folder, _ = rewritten
+    runs = pd.read_csv(folder / "runs.csv")
+    runs.loc[runs["arm"] == "sft", "teacher_tokens"] = 0
+    runs.to_csv(folder / "runs.csv", index=False)
+    tables(folder, settings_of("kl"))
+    readers = int((runs["arm"] != "sft").sum())
+    assert (
+        f"The teacher read 12,000 tokens, once: {readers} of the {len(runs)} runs trained on that one pass"
+        in (folder / "out/ablation_table.md").read_text()
+    )
+
+
 def test_same_input_same_bytes(rewritten: tuple[Path, pd.DataFrame]) -> None:
     folder, scores = rewritten
     settings = settings_of("kl", "acc")

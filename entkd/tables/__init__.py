@@ -50,8 +50,9 @@ def make_tables(
     """
     measured = measure(settings, read_scores(scores), None if items is None else read_items(items))
     effect_rows = effect_table(settings, measured)
-    table = arm_table(settings, measured, effect_rows, None if runs is None else read_runs(runs))
-    wide = wide_tables(settings, table, effect_rows)
+    costs = None if runs is None else read_runs(runs)
+    table = arm_table(settings, measured, effect_rows, costs)
+    wide = wide_tables(settings, table, effect_rows, costs)
     for path in (csv, markdown, latex, effects):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(csv, index=False, float_format=FLOATS)

@@ -33,12 +33,14 @@ class Wide:
     """Footnotes."""
 
 
-def wide_tables(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> list[Wide]:
-    """The arms, and the factorial's effects where there are any."""
+def wide_tables(
+    settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame, runs: pd.DataFrame | None = None
+) -> list[Wide]:
+    """The arms, and the factorial's effects where there are any; ``runs`` are the costs of every run."""
     arms = Wide(
         f"Every arm against {settings['analysis']['reference']}",
         _arm_cells(table),
-        _arm_notes(settings, table),
+        _arm_notes(settings, table) + _ledger(runs),
     )
     if effects.empty:
         return [arms]
@@ -191,6 +193,18 @@ def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]
             "are wall time with other jobs beside it."
         )
     return tuple(notes)
+
+
+def _ledger(runs: pd.DataFrame | None) -> tuple[str, ...]:
+    """What the teacher read, and for how many runs."""
+    if runs is None or "teacher_tokens" not in runs:
+        return ()
+    readers = runs.loc[runs["teacher_tokens"] > 0, "teacher_tokens"]
+    return tuple(
+        f"The teacher read {tokens:,} tokens, once: {count} of the {len(runs)} runs trained on that one pass, in every "
+        "epoch."
+        for tokens, count in sorted(readers.value_counts().items())
+    )
 
 
 def _percent(share: float) -> str:

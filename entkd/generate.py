@@ -1,8 +1,9 @@
 """Batched generation with a key-value cache, for synthetic data and SeqKD.
 
-A loop of our own instead of ``model.generate``: prompts are sorted by length, finished rows leave the batch, and
-the nucleus is sampled without sorting the vocabulary; on two CPU cores that is several times faster.
-Shape suffixes: B rows of the running batch, L prompt tokens, V vocabulary.
+A loop of our own instead of ``model.generate``: prompts are sorted by length, equal prompts are read once, finished
+rows leave the batch, the cache grows in place, and the nucleus is sampled without sorting the vocabulary. How much
+faster that is, ``benchmarks/generate.py`` measures.
+Shape suffixes: B rows of the running batch, L prompt tokens, V vocabulary, C chunks of K tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from entkd.cache import growing_cache
 from entkd.progress import Progress
 
 _COMPACT_BELOW = 0.875
@@ -20,6 +22,9 @@ _COMPACT_BELOW = 0.875
 
 _CHUNK = 256
 """Tokens whose probabilities are summed together before sampling."""
+
+_ROWS = 4
+"""Rows that are sampled together: their probabilities, in fp32 and fp64, stay in a core's cache."""
 
 
 @torch.inference_mode()
@@ -59,6 +64,7 @@ def generate(
     One list of token ids per prompt, in the order of the prompts.
     """
     eos = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    vocabulary = len(tokenizer)
     # Rows of one length need no padding, and the longest batch first shows at once whether memory suffices.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     outputs: list[list[int]] = [[] for _ in prompts]
@@ -68,8 +74,7 @@ def generate(
             limits = [min(max_new_tokens, max_length - len(prompts[row])) for row in rows]
             running = _Batch.start(model, [prompts[row] for row in rows], limits, pad_id=eos)
             while running.active_B.any():
-                logits_BV = running.next_logits(model)[:, : len(tokenizer)].float().cpu()
-                tokens_B = choose(logits_BV, temperature, top_p, generator)
+                tokens_B = choose(running.next_logits(model)[:, :vocabulary], temperature, top_p, generator)
                 for row, token in running.append(tokens_B, eos):
                     outputs[rows[row]].append(token)
             bar.advance(len(rows))
@@ -98,9 +103,13 @@ class _Batch:
     def start(
         cls, model: PreTrainedModel, prompts: Sequence[Sequence[int]], limits: Sequence[int], pad_id: int
     ) -> _Batch:
-        longest = max(map(len, prompts))
-        ids = [[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        width = max(map(len, prompts))
+        if model.device.type == "cpu" and model.dtype == torch.bfloat16 and width == min(map(len, prompts)):
+            # A column of padding, for without any there is no mask, and without a mask transformers leaves
+            # grouped-query attention to PyTorch's CPU kernel, which in bf16 then takes four times as long.
+            width += 1
+        ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         mask_BL = torch.tensor(mask, device=model.device)
         return cls(
             torch.tensor(ids, device=model.device),
@@ -109,15 +118,32 @@ class _Batch:
             torch.arange(len(prompts)),
             torch.tensor(limits),
             torch.ones(len(prompts), dtype=torch.bool),
-            DynamicCache(config=model.config),
+            growing_cache(model),
         )
 
     def next_logits(self, model: PreTrainedModel) -> torch.Tensor:
         """(B, V) logits of each row's next token."""
+        if self.cache.get_seq_length() > 0:
+            return self._forward(model, self.ids, self.mask_BL, self.positions)
+        first: dict[tuple[int, ...], int] = {}
+        copies = [first.setdefault(tuple(row), index) for index, row in enumerate(self.ids.tolist())]
+        if len(first) == len(copies):
+            return self._forward(model, self.ids, self.mask_BL, self.positions)
+        # Equal prompts, as all prompts for requests are, pass the model once.
+        once = torch.tensor(list(first.values()), device=self.ids.device)
+        rank = {row: index for index, row in enumerate(first.values())}
+        again = torch.tensor([rank[row] for row in copies], device=self.ids.device)
+        logits_BV = self._forward(model, self.ids[once], self.mask_BL[once], self.positions[once])
+        self.cache.batch_select_indices(again)
+        return logits_BV[again]
+
+    def _forward(
+        self, model: PreTrainedModel, ids: torch.Tensor, mask_BL: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
         output = model(
-            input_ids=self.ids,
-            attention_mask=self.mask_BL,
-            position_ids=self.positions,
+            input_ids=ids,
+            attention_mask=mask_BL,
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -146,51 +172,52 @@ class _Batch:
 def choose(
     logits_BV: torch.Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The next token of each row: the most probable one at temperature 0, otherwise a sample.
+    """The next token of each row, on the CPU: the most probable one at temperature 0, otherwise a sample.
 
     The nucleus is the smallest set of most probable tokens with mass ``top_p``: a token is in it exactly when
     the tokens above it have less mass than that. So a sample of the full distribution is kept if it is in the
     nucleus and drawn again if not, which needs no sorting and is exact.
     """
     if temperature == 0:
-        return logits_BV.argmax(-1)
-    probs_BV = torch.softmax(logits_BV / temperature, dim=-1)
-    draw = _Inversion(probs_BV)
-    tokens_B = torch.full((len(probs_BV),), -1)
-    pending = torch.arange(len(probs_BV))
+        # In fp32, as PyTorch's argmax of bf16 on a CPU takes longer than the conversion.
+        return torch.cat([rows_BV.float().argmax(-1) for rows_BV in logits_BV.split(_ROWS)]).cpu()
+    logits_BV = logits_BV.cpu()
+    tokens_B = torch.full((len(logits_BV),), -1)
+    pending = torch.arange(len(logits_BV))
     while len(pending):
         uniform_B = torch.rand(len(pending), generator=generator, dtype=torch.float64)
-        drawn_B = draw(pending, uniform_B)
-        tokens_B[pending] = drawn_B
-        if top_p == 1:
-            return tokens_B
-        rows_BV = probs_BV if len(pending) == len(probs_BV) else probs_BV[pending]
-        own_B1 = rows_BV.gather(1, drawn_B[:, None])
-        above_B = torch.where(rows_BV > own_B1, rows_BV, 0.0).sum(-1)
-        pending = pending[above_B >= top_p]
+        kept = []
+        for rows, uniform in zip(pending.split(_ROWS), uniform_B.split(_ROWS), strict=True):
+            probs_BV = torch.softmax(logits_BV[rows].float() / temperature, dim=-1)
+            drawn_B = tokens_B[rows] = _invert(probs_BV, uniform)
+            kept.append(_in_nucleus(probs_BV, drawn_B, top_p))
+        pending = pending[~torch.cat(kept)]
     return tokens_B
 
 
-class _Inversion:
-    """Tokens by inversion of the cumulative distribution, in two levels: sums of chunks, then one chunk's tokens.
+def _in_nucleus(probs_BV: torch.Tensor, tokens_B: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Whether the tokens that are more probable than a row's token have less mass than ``top_p``."""
+    if top_p == 1:
+        return torch.ones(len(tokens_B), dtype=torch.bool)
+    own_B1 = probs_BV.gather(1, tokens_B[:, None])
+    return torch.where(probs_BV > own_B1, probs_BV, 0.0).sum(-1) < top_p
 
-    A running sum over the vocabulary in fp64 is a tenth of a decoding step; sums of chunks are nearly free.
+
+def _invert(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The token of each row at which its cumulative probability passes ``uniform_B`` in [0, 1).
+
+    In two levels: sums of chunks, then one chunk's tokens. A running sum over the vocabulary in fp64 is a tenth of a
+    decoding step; sums of chunks are nearly free.
     """
-
-    def __init__(self, probs_BV: torch.Tensor) -> None:
-        rest = -probs_BV.shape[1] % _CHUNK
-        padded_BV = torch.nn.functional.pad(probs_BV, (0, rest)) if rest else probs_BV
-        self.probs_BCK = padded_BV.view(len(probs_BV), -1, _CHUNK)
-        self.cdf_BC = self.probs_BCK.sum(-1, dtype=torch.float64).cumsum(-1)
-
-    def __call__(self, rows: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-        """The token of each row at which its cumulative probability passes ``uniform_B`` in [0, 1)."""
-        cdf_BC = self.cdf_BC[rows]
-        wanted_B1 = uniform_B[:, None] * cdf_BC[:, -1:]
-        chunk_B1 = _first_above(cdf_BC, wanted_B1)
-        before_B1 = torch.where(chunk_B1 > 0, cdf_BC.gather(1, (chunk_B1 - 1).clamp_min(0)), 0.0)
-        cdf_BK = self.probs_BCK[rows, chunk_B1[:, 0]].cumsum(-1, dtype=torch.float64)
-        return (chunk_B1 * _CHUNK + _first_above(cdf_BK, wanted_B1 - before_B1))[:, 0]
+    rest = -probs_BV.shape[1] % _CHUNK
+    padded_BV = torch.nn.functional.pad(probs_BV, (0, rest)) if rest else probs_BV
+    probs_BCK = padded_BV.view(len(probs_BV), -1, _CHUNK)
+    cdf_BC = probs_BCK.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted_B1 = uniform_B[:, None] * cdf_BC[:, -1:]
+    chunk_B1 = _first_above(cdf_BC, wanted_B1)
+    before_B1 = torch.where(chunk_B1 > 0, cdf_BC.gather(1, (chunk_B1 - 1).clamp_min(0)), 0.0)
+    cdf_BK = probs_BCK[torch.arange(len(probs_BV)), chunk_B1[:, 0]].cumsum(-1, dtype=torch.float64)
+    return (chunk_B1 * _CHUNK + _first_above(cdf_BK, wanted_B1 - before_B1))[:, 0]
 
 
 def _first_above(cdf_BC: torch.Tensor, wanted_B1: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,17 @@ import pytest
 import torch
 from scipy import stats
 from tiny_models import ending_early, tiny_llama
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from entkd.generate import _first_above, _Inversion, choose, generate
+from entkd.generate import _first_above, _invert, choose, generate
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,70 @@ def test_padded_vocabulary_rows_are_never_chosen(tokenizer) -> None:
     assert max(token for output in outputs for token in output) < 300
 
 
+def test_equal_prompts_pass_the_model_once(tokenizer, prompts: list[list[int]]) -> None:
+    model = ending_early(prompts)
+    repeated = [prompts[index] for index in (0, 2, 0, 3, 2, 2)]
+    read: list[int] = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    outputs = generate(model, tokenizer, repeated, max_new_tokens=12, max_length=99)
+    handle.remove()
+    assert read[:2] == [3, 6]
+    assert outputs == [reference(model, prompt, 12) for prompt in repeated]
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_attention_in_bf16_always_has_a_mask(
+    tokenizer, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks: list[bool] = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask is not None)
+        return original(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    model = tiny_llama().to(precision)
+    generate(model, tokenizer, [[5, 6, 7], [8, 9, 10]], max_new_tokens=4, max_length=99)
+    assert set(masks) == {precision == torch.bfloat16}
+
+
+def test_sliding_windows_keep_their_cache(tokenizer, prompts: list[list[int]]) -> None:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    config = Gemma3TextConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,
+        **ends,
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    expected = [reference(model, prompt, 16) for prompt in prompts]
+    assert generate(model, tokenizer, prompts, max_new_tokens=16, max_length=99, batch=4) == expected
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_rows_drawn_in_blocks_are_those_drawn_at_once(top_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 2 * torch.randn(37, 1000, generator=torch.Generator().manual_seed(0))
+    logits = logits.bfloat16()
+
+    def draw(rows: int, temperature: float) -> list[int]:
+        monkeypatch.setattr("entkd.generate._ROWS", rows)
+        return choose(logits, temperature, top_p, torch.Generator().manual_seed(5)).tolist()
+
+    assert draw(4, 0.8) == draw(37, 0.8) == draw(1, 0.8)
+    assert draw(4, 0.0) == logits.float().argmax(-1).tolist()
+
+
 def test_samples_repeat_with_the_stream(tokenizer, prompts: list[list[int]]) -> None:
     def sample(seed: int) -> list[list[int]]:
         stream = torch.Generator().manual_seed(seed)
@@ -135,13 +207,12 @@ def test_two_levels_of_sums_draw_what_one_running_sum_does(vocabulary: int) -> N
     logits[:, 250:270] = -torch.inf
     logits[1, -40:] = -torch.inf
     probs = torch.softmax(logits, -1)
-    draw = _Inversion(probs)
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[:-1]
     for row in range(2):
         running = probs[row].double().cumsum(0).numpy()
         expected = np.searchsorted(running, grid.numpy() * running[-1], side="right")
-        assert draw(torch.full((2000,), row), grid).tolist() == expected.tolist()
-    assert (probs[[0, 1], draw(torch.arange(2), torch.full((2,), 1 - 2**-53, dtype=torch.float64))] > 0).all()
+        assert _invert(probs[row].expand(2000, -1), grid).tolist() == expected.tolist()
+    assert (probs[[0, 1], _invert(probs, torch.full((2,), 1 - 2**-53, dtype=torch.float64))] > 0).all()
 
 
 def test_what_rounding_leaves_above_every_sum_is_the_last_token_that_has_a_probability() -> None:

@@ -36,6 +36,15 @@ SCATTERS = (aten.index_put.default, aten.index_put_.default)
 CAST_BY_AUTOCAST = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention")
 
 
+_reports: list[Any] = []
+
+
+def _report(error: type[Exception] | None, answer: Any) -> None:
+    """Tell the parent process. The first report counts: an error inside the backward pass ends this process, since
+    streams of a backend in Python are not put back while an error is on its way."""
+    _reports[-1].send((error, answer))
+
+
 class HostSync(RuntimeError):
     """The host waits for the device, or tensors of both meet."""
 
@@ -52,6 +61,8 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # most calls are this question
+            return func(*args)
         if func is aten._pin_memory.default:
             copy = aten.clone.default(args[0])
             self._alive.append(copy)
@@ -73,7 +84,9 @@ class Watch(TorchDispatchMode):
         try:
             return func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise HostSync(self._describe(func, "the result depends on values on the device")) from error
+            self.syncs.append(self._describe(func, "the result depends on values on the device"))
+            _report(HostSync, self.syncs[-1])
+            raise HostSync(self.syncs[-1]) from error
 
     def _copy(self, func: Any, args: Any, kwargs: Any) -> None:
         if func is aten.copy_.default:
@@ -90,6 +103,7 @@ class Watch(TorchDispatchMode):
     def _note(self, func: Any, why: str) -> None:
         self.syncs.append(self._describe(func, why))
         if self.raises:
+            _report(HostSync, self.syncs[-1])
             raise HostSync(self.syncs[-1])
 
     @staticmethod
@@ -113,13 +127,12 @@ def on_gpu(body: Callable[[], Any]) -> Any:
     receive, send = context.Pipe(duplex=False)
 
     def child() -> None:
+        _reports.append(send)
         try:
             with _device(), FakeTensorMode(allow_non_fake_inputs=False):
-                send.send((None, body()))
-        except HostSync as error:
-            send.send((HostSync, str(error)))
+                _report(None, body())
         except BaseException:
-            send.send((RuntimeError, traceback.format_exc()))
+            _report(RuntimeError, traceback.format_exc())
 
     process = context.Process(target=child)
     process.start()

@@ -88,6 +88,17 @@ def device_slot(poll_seconds: float = 1.0) -> Iterator[torch.device]:
         time.sleep(poll_seconds)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on a device, without waiting for it.
+
+    ``non_blocking`` alone does not do: out of ordinary memory an accelerator copies while the host waits. Out of
+    pinned memory it copies by itself, and PyTorch keeps that memory until the copy is done.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type not in ("cpu", "meta"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for queued work, so that a clock read now means something."""
     if device.type == "cuda":

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from entkd.runtime import to_device
 from entkd.tiles import piece_rows, slices
 
 
@@ -50,9 +51,7 @@ class SparseTarget:
     def to(self, device: torch.device) -> SparseTarget:
         """The same on a device."""
         return SparseTarget(
-            self.ids_NK.to(device, non_blocking=True),
-            self.mass_NK.to(device, non_blocking=True),
-            self.entropy_N.to(device, non_blocking=True),
+            to_device(self.ids_NK, device), to_device(self.mass_NK, device), to_device(self.entropy_N, device)
         )
 
 

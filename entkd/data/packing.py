@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from entkd.config import Training
 from entkd.data.corpus import Corpus
 from entkd.errors import UserError
-from entkd.runtime import numpy_stream
+from entkd.runtime import numpy_stream, to_device
 
 Block = NDArray[np.int64]
 """Indices of the documents that share one row."""
@@ -40,11 +40,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
-            self.input_ids_BL.to(device),
-            self.position_ids_BL.to(device),
-            self.positions_N.to(device),
-            self.labels_N.to(device),
-            self.tokens_N.to(device),
+            to_device(self.input_ids_BL, device),
+            to_device(self.position_ids_BL, device),
+            to_device(self.positions_N, device),
+            to_device(self.labels_N, device),
+            to_device(self.tokens_N, device),
         )
 
 

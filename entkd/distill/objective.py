@@ -21,6 +21,7 @@ from entkd.data.packing import Batch
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.models import layer_points, output_weight, trunk_forward
+from entkd.runtime import to_device
 from entkd.sparse import SparseTarget
 
 Teacher = Tensor | SparseTarget
@@ -53,7 +54,7 @@ class MicroBatch:
         micro-batch reads into."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+            return None if tensor is None else to_device(tensor, device)
 
         return MicroBatch(
             self.batch.to(device),
@@ -61,7 +62,7 @@ class MicroBatch:
             moved(self.weight_N),
             moved(self.temperature_N),
             moved(self.hard_H),
-            tuple(tensor.to(device, non_blocking=True) for tensor in self.teacher_features),
+            tuple(to_device(tensor, device) for tensor in self.teacher_features),
         )
 
 

@@ -23,6 +23,9 @@ _LAYER_LISTS = ("layers", "h", "decoder.layers")
 _MASKED_BY_US = ("opt",)
 """Model types that do not derive the mask of packed documents from the positions."""
 
+_MASKED_BY_US_ON_ACCELERATORS = ("gpt2", "llama", "qwen2", "qwen3")
+"""Model types that would derive it, but first look whether there is anything to mask, for which the host waits."""
+
 
 def model_folder(folder: str | Path) -> Path:
     """The Transformers folder that ``folder`` is, or that a stage wrote inside it as ``model/``."""
@@ -138,8 +141,9 @@ def trunk_forward(
 ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
     """Last hidden state (after the final norm), and the outputs of the layers ``capture``, each (B, L, D).
 
-    There is no attention mask: Transformers keeps documents apart where ``position_ids_BL`` restart, but only
-    with ``use_cache=False``; OPT gets a mask from us. A captured last layer is the state before the final norm.
+    Transformers keeps documents apart where ``position_ids_BL`` restart, but only with ``use_cache=False``. OPT gets
+    a mask from us, and on an accelerator the common models too. A captured last layer is the state before the final
+    norm.
     """
     captured: dict[int, torch.Tensor] = {}
 
@@ -155,13 +159,25 @@ def trunk_forward(
         output = trunk(model)(
             input_ids=input_ids_BL,
             position_ids=position_ids_BL,
-            attention_mask=_packed_mask(position_ids_BL) if model.config.model_type in _MASKED_BY_US else None,
+            attention_mask=_packed_mask(position_ids_BL) if _masked_by_us(model, position_ids_BL.device) else None,
             use_cache=False,
         )
     finally:
         for handle in handles:
             handle.remove()
     return output.last_hidden_state, captured
+
+
+def _masked_by_us(model: PreTrainedModel, device: torch.device) -> bool:
+    config = model.config
+    if config.model_type in _MASKED_BY_US:
+        return True
+    return (
+        device.type != "cpu"
+        and config.model_type in _MASKED_BY_US_ON_ACCELERATORS
+        and config._attn_implementation == "sdpa"  # others want masks of another form
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    )
 
 
 def _packed_mask(position_ids_BL: torch.Tensor) -> torch.Tensor:

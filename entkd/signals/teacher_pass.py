@@ -204,7 +204,8 @@ def token_statistics(
     """
     tile = max(1, TILE_ELEMENTS // len(head_UE))
     found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
-    has_inf_logits = False
+    # On the device until the last tile: a look at it waits for all work before.
+    has_inf_logits = torch.zeros((), dtype=torch.bool, device=hidden_NE.device)
     for start in range(0, len(hidden_NE), tile):
         part, target = hidden_NE[start : start + tile].float(), target_N[start : start + tile]
         logits_NU = buffer("logits", (len(part), len(head_UE)), torch.float32, part.device)
@@ -213,7 +214,7 @@ def token_statistics(
         found["entropy"].append(token_entropy(logits_NU))
         found["logsumexp"].append(logsumexp_N)
         found["target_logprob"].append(logits_NU.gather(1, target[:, None])[:, 0] - logsumexp_N)
-        has_inf_logits |= bool(torch.isneginf(logits_NU.amin()))
+        has_inf_logits |= torch.isneginf(logits_NU.amin())
         if keep is not None and row_N is not None:
             keep(row_N[start : start + tile], logits_NU, logsumexp_N)
-    return {name: torch.cat(parts) for name, parts in found.items()}, has_inf_logits
+    return {name: torch.cat(parts) for name, parts in found.items()}, bool(has_inf_logits)

@@ -2,6 +2,7 @@
 # make figures [EXPERIMENT=quick]    only the figures, from scores that are there
 # make test, make lint               what CI runs
 # make test-slow                     tests that load the bundled teacher
+# make bench [ROWS=FILE.jsonl]       timings side by side with public trainers, results/bench and docs/performance.md
 # make clean                         removes .venv and caches; never results
 
 SHELL := /bin/bash
@@ -10,13 +11,15 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 EXPERIMENT ?=
+ROWS ?=
 FILE = $(if $(EXPERIMENT),config/experiments/$(EXPERIMENT).yaml,config/config.yaml)
 CONFIG = $(if $(EXPERIMENT),--config experiment=$(FILE))
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
+BENCH := .venv/.installed-bench
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help ablation figures test test-slow lint clean
+.PHONY: help ablation figures test test-slow bench lint clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -27,6 +30,11 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements.lock
 	$(BIN)/python -c 'import torch' 2> /dev/null || $(BIN)/python -m pip install --constraint requirements.lock torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# Without their dependencies: what the benchmarks use of them needs nothing beyond the lock.
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps trl==1.16.0 liger-kernel==0.8.5
 	touch $@
 
 ablation: $(READY)
@@ -44,6 +52,15 @@ test: $(READY)
 
 test-slow: $(READY)
 	python -m pytest -m slow
+
+# One thing at a time: whatever runs beside it is measured too.
+bench: $(BENCH)
+	python -m benchmarks.step --precision bf16 fp32 $(if $(ROWS),--rows $(ROWS))
+	python -m benchmarks.head
+	python -m benchmarks.scaling
+	python -m benchmarks.generate
+	python -m benchmarks.arms
+	python -m benchmarks.pages
 
 lint: $(READY)
 	ruff check .

@@ -2,7 +2,7 @@
 
 Run from the repository root::
 
-    python -m benchmarks.generate --teacher results/teachers/smollm2-135m-instruct/model --data results/data/synthetic
+    python -m benchmarks.generate
 
 Both systems take turns, and the table holds medians. Before any clock runs, their greedy continuations in fp32 must
 be the same, token by token. Transformers gets the prompts sorted by length in batches of the same size, and samples
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.inputs import prepare_inputs
 from entkd.data.corpus import Corpus
 from entkd.generate import generate
 from entkd.models import load_model, load_tokenizer
@@ -105,8 +106,8 @@ def read_prompts(data: Path, wanted: int) -> list[list[int]]:
 
 def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="model folder")
-    parser.add_argument("--data", type=Path, required=True, help="data folder that was tokenised with its tokenizer")
+    parser.add_argument("--teacher", type=Path, help="model folder; the bundled teacher where left out")
+    parser.add_argument("--data", type=Path, help="data folder of its tokenizer; the demo's where left out")
     parser.add_argument("--precision", default="auto", help="auto, bf16 or fp32 of the timed runs")
     parser.add_argument("--prompts", type=int, default=48, help="at most so many prompts")
     parser.add_argument("--batch", type=int, default=48, help="rows continued together")
@@ -114,6 +115,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
     parser.add_argument("--repeats", type=int, default=5, help="runs behind each median")
     parser.add_argument("--output", type=Path, default=Path("results/bench/generate.csv"))
     options = parser.parse_args(arguments)
+    if options.teacher is None or options.data is None:
+        inputs = prepare_inputs(Path("results"), Path("cache/bench"), None, 64)
+        options.teacher, options.data = options.teacher or inputs.teacher, options.data or inputs.data
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(options.teacher)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entkd.divergences import adaptive_shares, log_mixture
+from entkd.divergences import DIVERGENCES, adaptive_shares, log_mixture
 from entkd.sparse import SparseTarget
 from entkd.workspace import buffer
 
@@ -111,8 +111,10 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """A divergence of each row, (R, 1) in nats, and its gradient by the student's logits, (R, V).
 
-    Both inputs may be overwritten.
+    By its closed form, or, where it has none here, by autograd of its definition. Both inputs may be overwritten.
     """
+    if name not in TERMS:
+        return _by_autograd(student_RV, teacher_RV, temperature_R1, name, settings)
     if student_RV.device.type == "cpu" and name in ("forward_kl", "reverse_kl"):
         return _kl_in_place(student_RV, teacher_RV, temperature_R1, name == "reverse_kl")
     function = _compiled if student_RV.device.type == "cuda" else _out_of_place
@@ -132,6 +134,17 @@ def _out_of_place(
     f_RV, a_RV = terms(log_p_RV.exp(), q_RV, log_p_RV, log_q_RV, **settings)
     grad_RV = a_RV - q_RV * a_RV.sum(-1, keepdim=True)
     return f_RV.sum(-1, keepdim=True), grad_RV if temperature_R1 is None else grad_RV / temperature_R1
+
+
+def _by_autograd(
+    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor | None, name: str, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    temperature_R = None if temperature_R1 is None else temperature_R1.squeeze(-1)
+    with torch.enable_grad():
+        student_RV = student_RV.detach().requires_grad_()
+        value_R = DIVERGENCES[name](student_RV, teacher_RV, temperature_R, **settings)
+        (grad_RV,) = torch.autograd.grad(value_R.sum(), student_RV)
+    return value_R.detach().unsqueeze(-1), grad_RV
 
 
 _compiled = torch.compile(_out_of_place, dynamic=True)

@@ -160,12 +160,6 @@ def test_errors_that_are_no_syncs_are_no_syncs() -> None:
 
 
 @pytest.mark.parametrize(("name", "bf16"), CASES)
-def test_the_step_never_waits(name: str, bf16: bool) -> None:
-    method = Method.model_validate(FULL | {"divergence": name})
-    assert on_gpu(lambda: train(method, bf16)) == ["ce", "features", "kd", "loss"]
-
-
-@pytest.mark.parametrize(("name", "bf16"), CASES)
 def test_the_step_with_all_components_never_waits(name: str, bf16: bool) -> None:
     method = Method.model_validate(FULL | {"divergence": name, "curriculum": {}})
     assert on_gpu(lambda: train(method, bf16)) == ["ce", "features", "kd", "loss"]

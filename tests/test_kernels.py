@@ -70,5 +70,17 @@ def test_extreme_logits_give_finite_gradients(name):
     assert torch.isfinite(value).all()
 
 
-def test_every_divergence_has_a_closed_form():
+def test_every_divergence_here_has_a_closed_form():
     assert set(TERMS) == set(DIVERGENCES)
+
+
+def test_one_without_a_closed_form_is_differentiated(monkeypatch):
+    monkeypatch.delitem(TERMS, "jsd")
+    student, teacher = logits()
+    temperatures = torch.linspace(0.5, 4, len(student), dtype=torch.float64)
+    with torch.no_grad():
+        value, gradient = value_and_gradient(student, teacher, temperatures.unsqueeze(-1), "jsd", {"beta": 0.3})
+    expected = expected_of("jsd", student, teacher, temperatures, {"beta": 0.3})
+    torch.testing.assert_close(value.squeeze(-1), expected[0])
+    torch.testing.assert_close(gradient, expected[1])
+    assert not value.requires_grad

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from entkd import runtime
+from entkd import native, runtime
 from entkd.checkpoint import ResumeFolder, StopRequest
 from entkd.config import Method, Training
 from entkd.curriculum import progress_schedule
@@ -228,6 +228,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "processes": world.size,
             "threads": threads,
             "precision": str(dtype).removeprefix("torch."),
+            # Another product rounds its sums in another order: the last bits of a run depend on it.
+            "compiled_product": dtype == torch.bfloat16 and device.type == "cpu" and native.available(),
             "steps": len(steps),
             "best_step": best_step or len(steps),
             "tokens": tokens,

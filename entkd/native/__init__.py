@@ -56,6 +56,11 @@ def bf16_product(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> bool:
     return True
 
 
+def available() -> bool:
+    """Whether the compiled product is there; compiles it if it is not yet."""
+    return _library() is not None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library; None where it is of no use or cannot be had."""

@@ -18,7 +18,7 @@ from benchmarks.heads import HEADS, REFERENCE, Case, relative_error
 from benchmarks.memory import Memory, PeakMemory, of_child
 from benchmarks.report import draw_head, head_table, write_report
 from benchmarks.step import missing_package
-from benchmarks.timing import Linear, Spread, interleave, machine, product_seconds, ratios, write_csv
+from benchmarks.timing import Linear, columns, interleave, machine, product_seconds, ratios, write_csv
 from entkd.errors import UserError
 
 PRODUCTS = "products"
@@ -64,19 +64,13 @@ def measure(case: Case, rounds: int, names: Sequence[str], memory: dict[str, Mem
     seconds = interleave(runs | {PRODUCTS: run_products}, rounds) | {PRODUCTS: products}
     summary: list[Row] = []
     for name in [*names, PRODUCTS]:
-        ratio = ratios(seconds[REFERENCE], seconds[name]) if REFERENCE in seconds else None
-        time, own = Spread.of(seconds[name]), memory.get(name)
+        own = memory.get(name)
         found = errors.get(name)
         summary.append(
             {
                 "competitor": name,
                 "rounds": rounds,
-                "seconds": time.median,
-                "seconds_low": time.low,
-                "seconds_high": time.high,
-                "ratio": ratio.median if ratio else "",
-                "ratio_low": ratio.low if ratio else "",
-                "ratio_high": ratio.high if ratio else "",
+                **columns(seconds[name], seconds.get(REFERENCE)),
                 "bound_share": ratios(products, seconds[name]).median,
                 "loss": found[0] if found else loss,
                 "dh_error": found[1] if found else "",

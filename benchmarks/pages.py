@@ -18,7 +18,7 @@ from entkd.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/performance.md"
-FIGURES = {"step": "step", "head": "head", "scaling": "scaling", "arms": "arms"}
+FIGURES = ("step", "head", "scaling", "arms")
 
 
 def table_of(path: Path) -> str:
@@ -60,9 +60,9 @@ def main() -> None:
             page = fill(page, name, read(path) if read else path.read_text(encoding="utf-8"))
         else:
             print(f"{path}: not there; the page keeps its {name} table")
-    for name, stem in FIGURES.items():
+    for name in FIGURES:
         if (bench / f"{name}.png").is_file():
-            shutil.copy(bench / f"{name}.png", ROOT / f"docs/images/performance_{stem}.png")
+            shutil.copy(bench / f"{name}.png", ROOT / f"docs/images/performance_{name}.png")
     with replacing(PAGE) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"{PAGE} is up to date")

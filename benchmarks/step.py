@@ -21,7 +21,7 @@ from benchmarks.agreement import assert_agreement, relative_differences
 from benchmarks.inputs import MODES, Inputs, Steps, prepare_inputs
 from benchmarks.memory import Memory, PeakMemory, of_child
 from benchmarks.report import draw_step, step_table, write_report
-from benchmarks.timing import Linear, Spread, interleave, machine, product_seconds, ratios, write_csv
+from benchmarks.timing import Linear, Spread, columns, interleave, machine, product_seconds, write_csv
 from benchmarks.trainers import REFERENCE, TRAINERS, OneTeacherPass
 from entkd.distill.flops import training_tflops
 from entkd.errors import UserError
@@ -120,21 +120,15 @@ def measure(
     order = [name for own in names for name in (own, f"{own}+pass") if name in seconds]
     summary, every = [], []
     for name in order:
-        ratio = ratios(seconds[REFERENCE], seconds[name]) if REFERENCE in seconds else None
-        time, own = Spread.of(seconds[name]), memory.get(name)
+        own = memory.get(name)
         reference = memory.get(REFERENCE)
         summary.append(
             {
                 "precision": precision,
                 "competitor": name,
                 "rounds": rounds,
-                "seconds": time.median,
-                "seconds_low": time.low,
-                "seconds_high": time.high,
+                **columns(seconds[name], seconds.get(REFERENCE)),
                 "tokens_per_second": Spread.of(n / s for n, s in zip(tokens, seconds[name], strict=True)).median,
-                "ratio": ratio.median if ratio else "",
-                "ratio_low": ratio.low if ratio else "",
-                "ratio_high": ratio.high if ratio else "",
                 "loaded_mib": own.loaded if own else "",
                 "peak_mib": own.peak if own else "",
                 "added_mib": own.added if own else "",

@@ -70,6 +70,16 @@ def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     return Spread.of(above / below for above, below in zip(numerator, denominator, strict=True))
 
 
+def columns(seconds: Sequence[float], reference: Sequence[float] | None) -> dict[str, object]:
+    """Of a table of timings: seconds, and how many times faster than the reference, as medians with least and most."""
+    spreads = {"seconds": Spread.of(seconds), "ratio": None if reference is None else ratios(reference, seconds)}
+    return {
+        f"{name}{suffix}": "" if spread is None else getattr(spread, part)
+        for name, spread in spreads.items()
+        for suffix, part in (("", "median"), ("_low", "low"), ("_high", "high"))
+    }
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer of a training step, as matrix products: y = x Wᵀ, and dx = dy W and dW = dyᵀ x behind it."""

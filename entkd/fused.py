@@ -27,9 +27,9 @@ from entkd.tiles import tiled_loss
 
 __all__ = ["HeadLoss", "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_statistics"]
 
-TokenWeight = Callable[[Tensor, Tensor, slice], Tensor]
+TokenWeight = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
 """(entropy of q in nats, divergence in nats, rows), all of R tokens → weights (R,), for weights that a token's own
-student output decides. Not differentiated."""
+student output decides. Rows are a slice or indices of the N tokens. Not differentiated."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def linear_distillation(
         raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(given)} teacher tokens")
     # Tokens of weight 0 are left out and not multiplied by 0: what is in their rows, NaN included, must not matter.
     # They stay where others need them, and on a GPU, where counting them would make the host wait.
-    leaves_out = weight_N is not None and labels_N is None and weight_N.device.type == "cpu"
-    if weight_N is not None and leaves_out:
+    kept_K = None
+    if weight_N is not None and labels_N is None and weight_N.device.type == "cpu":
         kept_K = weight_N.detach().nonzero().squeeze(-1)
         student_hidden_ND, weight_N = student_hidden_ND[kept_K], weight_N.detach()[kept_K]
         temperature_N = None if temperature_N is None else temperature_N[kept_K]
@@ -169,13 +169,14 @@ def linear_distillation(
             value_R1, grad_RV = value_and_gradient(student_RV, teacher_RV, temperature_R1, divergence, settings)
         scale_R1 = None if scale_N is None else _column(scale_N, rows, dtype)
         if token_weight is not None and entropy_R is not None:
-            own_R1 = token_weight(entropy_R, value_R1.squeeze(-1), rows).detach().to(dtype).unsqueeze(-1)
+            own_R = token_weight(entropy_R, value_R1.squeeze(-1), rows if kept_K is None else kept_K[rows])
+            own_R1 = own_R.detach().to(dtype).unsqueeze(-1)
             scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
         if scale_R1 is None:
             return value_R1.sum(), grad_RV
-        if weight_N is not None and not leaves_out:
-            kept_R1 = scale_R1 != 0
-            value_R1, grad_RV = value_R1.where(kept_R1, 0.0), grad_RV.where(kept_R1, 0.0)
+        if weight_N is not None and kept_K is None:
+            has_weight_R1 = _column(weight_N, rows, dtype) != 0
+            value_R1, grad_RV, scale_R1 = (part.where(has_weight_R1, 0.0) for part in (value_R1, grad_RV, scale_R1))
         return (value_R1 * scale_R1).sum(), grad_RV.mul_(scale_R1)
 
     def loss(
@@ -193,8 +194,7 @@ def linear_distillation(
         return total, torch.stack([value, ce]), grad_RV
 
     if target is not None:
-        # A tile's target is looked up by its rows; what goes with the logits is not needed.
-        teacher: RowsOf = lambda rows: student_hidden_ND[rows]  # noqa: E731
+        teacher: RowsOf = target.ids_NK.__getitem__  # something of the tile's length: the loss looks up the rest itself
     else:
         assert teacher_hidden_NE is not None
         teacher = teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)

@@ -179,8 +179,10 @@ def choose(
     nucleus and drawn again if not, which needs no sorting and is exact.
     """
     if temperature == 0:
+        if logits_BV.device.type != "cpu":
+            return logits_BV.argmax(-1).cpu()
         # In fp32, as PyTorch's argmax of bf16 on a CPU takes longer than the conversion.
-        return torch.cat([rows_BV.float().argmax(-1) for rows_BV in logits_BV.split(_ROWS)]).cpu()
+        return torch.cat([rows_BV.float().argmax(-1) for rows_BV in logits_BV.split(_ROWS)])
     logits_BV = logits_BV.cpu()
     tokens_B = torch.full((len(logits_BV),), -1)
     pending = torch.arange(len(logits_BV))

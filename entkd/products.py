@@ -9,6 +9,7 @@ Shapes: N tokens, R tokens of a tile, D width, V rows of the output projection.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -43,13 +44,17 @@ def projection(hidden_ND: Tensor, weight_VD: Tensor, name: str) -> RowsOf:
     if both_bf16 and device.type == "cuda":
         return lambda rows: torch.mm(hidden_ND[rows], weight_VD.T, out_dtype=torch.float32)
 
+    @functools.cache
+    def cast_weight() -> Tensor:
+        return cast(weight_VD, dtype, f"weight of {name}")
+
     def project(rows: slice) -> Tensor:
         hidden_RD = hidden_ND[rows]
         logits_RV = buffer(name, (len(hidden_RD), len(weight_VD)), dtype, device)
         if both_bf16 and native.bf16_product(hidden_RD, weight_VD, logits_RV):
             return logits_RV
         with torch.no_grad(), torch.autocast(device.type, enabled=False), _mkldnn_bf16(both_bf16):
-            return torch.mm(hidden_RD.to(dtype), cast(weight_VD, dtype, f"weight of {name}").T, out=logits_RV)
+            return torch.mm(hidden_RD.to(dtype), cast_weight().T, out=logits_RV)
 
     return project
 

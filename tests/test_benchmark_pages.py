@@ -30,7 +30,7 @@ def test_the_page_has_a_place_for_every_table_and_figure() -> None:
         pages.fill(page, name, "x")
     for figure in re.findall(r"\]\(images/(.*?)\)", page):
         assert (ROOT / "docs/images" / figure).is_file(), figure
-        assert figure in {f"performance_{stem}.png" for stem in pages.FIGURES.values()}
+        assert figure in {f"performance_{name}.png" for name in pages.FIGURES}
 
 
 def test_numbers_of_a_csv_are_shown_with_three_digits(tmp_path: Path) -> None:

@@ -251,8 +251,9 @@ def test_the_case_has_the_kl_that_was_asked_for_and_its_exact_gradients(case):
 
 
 @pytest.mark.parametrize("name", [name for name in HEADS if not name.endswith("compiled")])
-def test_heads_agree_in_fp32(case, name):
+def test_heads_agree_in_fp32(case, name, capsys):
     head.compare(case, ["dense", installed(name)])
+    assert f"fp32 {name}: KL" in capsys.readouterr().err
 
 
 def test_a_head_of_another_divergence_is_refused(case, monkeypatch):

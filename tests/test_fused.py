@@ -456,6 +456,31 @@ def test_weights_from_the_students_own_output_are_formed_in_the_tile(monkeypatch
     torch.testing.assert_close(seen, statistics["entropy"])
 
 
+@pytest.mark.parametrize("with_labels", [False, True])
+def test_weights_from_the_tile_stay_with_their_tokens_where_others_have_weight_zero(monkeypatch, with_labels):
+    """Whether tokens of weight 0 are left out, or stay for the cross-entropy; a temperature there may be NaN."""
+    small_tiles(monkeypatch)
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    factor = torch.arange(1.0, N + 1, dtype=torch.float64)
+    weights[[0, 3, 7]] = 0
+    expected = run(tensors, divergence="jsd", temperature_N=temperatures, weight_N=weights * factor)
+    temperatures[3] = math.nan
+    h, w = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    result = linear_distillation(
+        h,
+        w,
+        *tensors[2:],
+        labels_N=torch.arange(N) if with_labels else None,
+        divergence="jsd",
+        cross_entropy_weight=0.0,
+        temperature_N=temperatures,
+        weight_N=weights,
+        token_weight=lambda entropy_R, divergence_R, rows: factor[rows],
+    )
+    result.total.backward()
+    assert_close((result.divergence.item(), h.grad, w.grad), expected, 1e-12)
+
+
 def test_statistics(monkeypatch):
     small_tiles(monkeypatch)
     h, w, noise, _ = problem()

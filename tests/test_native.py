@@ -62,6 +62,19 @@ def test_without_it_the_numbers_are_the_same(monkeypatch):
     torch.testing.assert_close(without.double(), hidden[1:].double() @ weight.double().T, rtol=1e-5, atol=1e-5)
 
 
+def test_without_it_a_weight_is_cast_once_for_all_tiles(monkeypatch):
+    hidden, weight = operands(6, 40, 16)
+    casts = []
+    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr("entkd.products.cast", lambda weight, dtype, name: casts.append(name) or weight.to(dtype))
+    project = projection(hidden, weight, "logits")
+    for start in range(0, 6, 2):
+        torch.testing.assert_close(
+            project(slice(start, start + 2)), hidden[start : start + 2].float() @ weight.float().T
+        )
+    assert casts == ["weight of logits"]
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

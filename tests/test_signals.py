@@ -109,7 +109,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
         reader.read(0, torch.empty(2, 4))
     data = (tmp_path / "rows.safetensors").read_bytes()
     os.truncate(tmp_path / "rows.safetensors", len(data) - 1)
-    with pytest.raises(EOFError, match="entkd signals verify"):
+    with pytest.raises(EOFError, match="entkd signals-verify"):
         reader.read(4, out)
 
 

@@ -87,5 +87,5 @@ class RowReader:
         while len(target):
             count = self._file.readinto(target) or 0
             if count == 0:
-                raise EOFError(f"{self._file.name} ends before its data do; run `entkd signals verify`")
+                raise EOFError(f"{self._file.name} ends before its data do; run `entkd signals-verify`")
             target = target[count:]

@@ -19,7 +19,7 @@ from torch import Tensor
 from entkd.closeness import linear_statistics
 from entkd.divergences import DIVERGENCES
 from entkd.heads import common_rows, teacher_logits, used_rows
-from entkd.kernels import cross_entropy, entropy, sparse_forward_kl, value_and_gradient
+from entkd.kernels import cross_entropy, entropy, sparse_value_and_gradient, value_and_gradient
 from entkd.products import RowsOf, compute_dtype
 from entkd.sparse import SparseTarget
 from entkd.temperature import loss_scale
@@ -163,7 +163,7 @@ def linear_distillation(
         """Scaled sum and gradient."""
         entropy_R = None if token_weight is None else entropy(student_RV)
         if target is not None:
-            value_R1, grad_RV = sparse_forward_kl(student_RV, target[rows])
+            value_R1, grad_RV = sparse_value_and_gradient(student_RV, target[rows])
         else:
             temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
             value_R1, grad_RV = value_and_gradient(student_RV, teacher_RV, temperature_R1, divergence, settings)

@@ -201,14 +201,14 @@ def cross_entropy(
     return value_R1.sum(), grad_RV
 
 
-def sparse_forward_kl(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
-    """-H - Σ_k m_k log q(k), whose mean over the draws of a sparse target is KL(p‖q), and its gradient q Σm - m."""
+def sparse_value_and_gradient(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
+    """`entkd.sparse.sparse_forward_kl` of each row, (R, 1) in nats, and its gradient q - m. Overwrites the logits."""
     log_q_RV, ids_RK = log_softmax(student_RV, "log q"), target.ids_NK.long()
     mass_RK = target.mass_NK.to(log_q_RV.dtype)
     value_R1 = -target.entropy_N.to(log_q_RV.dtype).unsqueeze(-1) - (mass_RK * log_q_RV.gather(1, ids_RK)).sum(
         -1, keepdim=True
     )
-    grad_RV = exp(log_q_RV, out=student_RV).mul_(mass_RK.sum(-1, keepdim=True))
+    grad_RV = exp(log_q_RV, out=student_RV)
     return value_R1, grad_RV.scatter_add_(1, ids_RK, -mass_RK)
 
 

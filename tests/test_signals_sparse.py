@@ -23,6 +23,7 @@ from entkd.score.fidelity import fidelity
 from entkd.signals import SignalStore
 from entkd.signals.bias import BiasReport, perturbed
 from entkd.signals.content import content_key, describe_content
+from entkd.signals.kept import tail_uniforms
 from entkd.signals.verify import verify
 from entkd.signals.write import write_signals
 from entkd.sparse import SparseTarget, densify, draw_target
@@ -300,3 +301,13 @@ def test_the_report_tells_bias_from_noise():
         assert abs(renormalised["bias"]) > 20 * renormalised["stderr"]
         assert renormalised["excess"] > 5
     assert len(list(report.lines())) == 4
+
+
+def test_every_document_has_draws_of_its_own_whatever_stands_beside_it():
+    lengths = np.asarray([3, 5, 4])
+    together = tail_uniforms("train", np.asarray([0, 1, 2]), lengths, 6)
+    assert together.shape == (12, 6)
+    assert len(torch.unique(together)) == together.numel()
+    alone = torch.cat([tail_uniforms("train", np.asarray([document]), lengths, 6) for document in (0, 1, 2)])
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, tail_uniforms("dev", np.asarray([0, 1, 2]), lengths, 6))

@@ -326,6 +326,7 @@ def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(rewritten: t
         f"The teacher read 12,000 tokens, once: {readers} of the {len(runs)} runs trained on that one pass"
         in (folder / "out/ablation_table.md").read_text()
     )
+    assert (folder / "out/ablation_table.md").read_text().count("The teacher read") == 1  # not for runs without it
 
 
 def test_same_input_same_bytes(rewritten: tuple[Path, pd.DataFrame]) -> None:

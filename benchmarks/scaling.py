@@ -31,8 +31,8 @@ from entkd.figures.style import BLACK, BLUE, GREY, STYLE, TEXT_WIDTH, save
 from entkd.models import gather_embedding_gradient, load_model
 
 WIDTH = 576
-TOKENS = (128, 256, 512, 1024, 2048, 4096)
-VOCABULARIES = (8192, 16384, 32768, 49152, 98304, 151936)
+TOKENS = (128, 512, 1024, 2048, 4096)
+VOCABULARIES = (8192, 32768, 49152, 98304, 151936)
 LENGTHS = (64, 128, 256, 512, 1024)
 STEP_TOKENS = 1024
 """Tokens of a step, whatever the length of its sequences."""

@@ -12,6 +12,7 @@ Shapes: R rows, V vocabulary, K slots of a sparse target. "1" is a dimension of 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -117,7 +118,7 @@ def value_and_gradient(
         return _by_autograd(student_RV, teacher_RV, temperature_R1, name, settings)
     if student_RV.device.type == "cpu" and name in ("forward_kl", "reverse_kl"):
         return _kl_in_place(student_RV, teacher_RV, temperature_R1, name == "reverse_kl")
-    function = _compiled if student_RV.device.type == "cuda" else _out_of_place
+    function = _compiled() if student_RV.device.type == "cuda" else _out_of_place
     return function(student_RV, teacher_RV, temperature_R1, TERMS[name], settings)
 
 
@@ -147,9 +148,11 @@ def _by_autograd(
     return value_R.detach().unsqueeze(-1), grad_RV
 
 
-_compiled = torch.compile(_out_of_place, dynamic=True)
-"""One kernel for each pass over memory. Not on a CPU: compiling takes half a minute there, and the two KLs in place
-are as fast."""
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One kernel for each pass over memory. Not on a CPU: compiling takes half a minute there, and the two KLs in
+    place are as fast. Made when it is needed: the compiler takes longer to import than a student to load."""
+    return torch.compile(_out_of_place, dynamic=True)
 
 
 def _kl_in_place(

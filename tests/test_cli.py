@@ -50,6 +50,12 @@ def test_parsing_and_checking_import_no_torch() -> None:
     assert "36 students (12 arms × seeds [0, 1, 2]), 38 scorings" in run.stdout
 
 
+def test_the_loss_imports_no_compiler() -> None:
+    code = "import sys, entkd.fused; print('torch._inductor.compile_fx' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 def test_bad_settings_end_with_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     settings = json.dumps({"source": "synthetic", "trian": 3})
     assert (

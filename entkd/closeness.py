@@ -6,7 +6,7 @@ projection. "1" is a dimension of length 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from entkd.kernels import entropy, value_and_gradient
 from entkd.products import compute_dtype, projection
 from entkd.tiles import piece_rows, slices, tile_rows
 
+CLOSENESS = ("entropy", "divergence", "agreement")
+"""What `linear_statistics` finds unless it is told; of the student alone only the first."""
+STATISTICS = (*CLOSENESS, "teacher_entropy", "hellinger")
+"""All that it can find."""
+_OF_STUDENT = {"entropy", "divergence", "agreement", "hellinger"}
+_OF_TEACHER = {"divergence", "agreement", "teacher_entropy", "hellinger"}
+
 
 @torch.no_grad()
 def linear_statistics(
@@ -25,42 +32,77 @@ def linear_statistics(
     teacher_hidden_NE: Tensor | None = None,
     teacher_weight_UE: Tensor | None = None,
     *,
+    wants: Collection[str] | None = None,
     divergence: str = "forward_kl",
     temperature_N: Tensor | None = None,
+    entropy_temperature: float = 1.0,
     vocab_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """What the student's output is like, and how close it is to the teacher's, per token and without gradient.
+    """What the outputs of student and teacher are like, and how close they are, per token and without gradient.
 
-    The tensors are those of `linear_divergence`; without the teacher's only the entropy is found.
+    The tensors are those of `linear_divergence`; without the teacher's only the entropy of the student is found.
+
+    Parameters
+    ----------
+    wants
+        Names in `STATISTICS`; only projections that they need are made. `CLOSENESS` where absent.
+    entropy_temperature
+        Temperature of both entropies.
 
     Returns
     -------
     dict
-        (N,) tensors: ``entropy`` of q at T = 1, nats; ``divergence`` in nats at the temperatures, without s(T);
-        ``agreement``, whether both have the same most likely token.
+        (N,) tensors: ``entropy`` of q and ``teacher_entropy`` of p, nats; ``divergence`` in nats at the temperatures,
+        without s(T); ``agreement``, whether both have the same most likely token; ``hellinger``, the Hellinger
+        distance √(1 - Σ √(pq)) in [0, 1] at T = 1.
+
+    Raises
+    ------
+    ValueError
+        A statistic of another name, or of the teacher where there is none.
     """
+    names = set(wants if wants is not None else CLOSENESS if teacher_hidden_NE is not None else ("entropy",))
+    if not names <= set(STATISTICS):
+        raise ValueError(f"statistics {sorted(names - set(STATISTICS))}: known are {', '.join(STATISTICS)}")
+    if teacher_hidden_NE is None and names & _OF_TEACHER:
+        raise ValueError(f"{', '.join(sorted(names & _OF_TEACHER))}: give the teacher's hidden states or logits")
     vocab_size = common_rows(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     dtype, device, n_tokens = compute_dtype(student_hidden_ND), student_hidden_ND.device, len(student_hidden_ND)
-    student = projection(student_hidden_ND, student_weight_VD[:vocab_size], "logits")
-    teacher = None
-    if teacher_hidden_NE is not None:
+    student = teacher = None
+    if names & _OF_STUDENT:
+        student = projection(student_hidden_ND, student_weight_VD[:vocab_size], "logits")
+    if names & _OF_TEACHER and teacher_hidden_NE is not None:
         teacher = teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
-    entropy_N = torch.zeros(n_tokens, dtype=dtype, device=device)
-    divergence_N = torch.zeros(n_tokens, dtype=dtype, device=device)
-    agreement_N = torch.zeros(n_tokens, dtype=torch.bool, device=device)
+    found = {
+        name: torch.zeros(n_tokens, dtype=torch.bool if name == "agreement" else dtype, device=device)
+        for name in STATISTICS
+        if name in names
+    }
     for tile in slices(n_tokens, tile_rows(vocab_size, device)):
-        student_RV, teacher_RV = student(tile), None if teacher is None else teacher(tile)
-        for piece in slices(len(student_RV), piece_rows(vocab_size, device)):
+        student_RV = None if student is None else student(tile)
+        teacher_RV = None if teacher is None else teacher(tile)
+        for piece in slices(tile.stop - tile.start, piece_rows(vocab_size, device)):
             rows = slice(tile.start + piece.start, tile.start + piece.stop)
-            own_RV = student_RV[piece]
-            entropy_N[rows] = entropy(own_RV)
-            if teacher_RV is not None:
-                agreement_N[rows] = own_RV.argmax(-1) == teacher_RV[piece].argmax(-1)
+            own_RV = None if student_RV is None else student_RV[piece]
+            target_RV = None if teacher_RV is None else teacher_RV[piece]
+            if "entropy" in names and own_RV is not None:
+                found["entropy"][rows] = _entropy(own_RV, entropy_temperature)
+            if "teacher_entropy" in names and target_RV is not None:
+                found["teacher_entropy"][rows] = _entropy(target_RV, entropy_temperature)
+            if own_RV is None or target_RV is None:
+                continue
+            if "agreement" in names:
+                found["agreement"][rows] = own_RV.argmax(-1) == target_RV.argmax(-1)
+            if "hellinger" in names:
+                root_RV = (torch.log_softmax(own_RV, -1) + torch.log_softmax(target_RV, -1)).mul_(0.5).exp_()
+                found["hellinger"][rows] = (1 - root_RV.sum(-1)).clamp_min(0).sqrt()
+            if "divergence" in names:  # last: it overwrites the logits
                 temperature_R1 = None if temperature_N is None else temperature_N[rows].to(dtype).unsqueeze(-1)
-                value_R1, _ = value_and_gradient(
-                    own_RV, teacher_RV[piece], temperature_R1, divergence, dict(settings or {})
-                )
-                divergence_N[rows] = value_R1.squeeze(-1)
-    found = {"entropy": entropy_N}
-    return found if teacher is None else found | {"divergence": divergence_N, "agreement": agreement_N}
+                value_R1, _ = value_and_gradient(own_RV, target_RV, temperature_R1, divergence, dict(settings or {}))
+                found["divergence"][rows] = value_R1.squeeze(-1)
+    return found
+
+
+def _entropy(logits_RV: Tensor, temperature: float) -> Tensor:
+    return entropy(logits_RV if temperature == 1 else logits_RV / temperature)

@@ -9,7 +9,7 @@ projection, both cut to ``vocab_size``. "1" is a dimension of length 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,17 +19,14 @@ from torch import Tensor
 from entkd.closeness import linear_statistics
 from entkd.divergences import DIVERGENCES
 from entkd.heads import common_rows, teacher_logits, used_rows
-from entkd.kernels import cross_entropy, entropy, sparse_value_and_gradient, value_and_gradient
+from entkd.kernels import TERMS, cross_entropy
 from entkd.products import RowsOf, compute_dtype
 from entkd.sparse import SparseTarget
 from entkd.temperature import loss_scale
 from entkd.tiles import tiled_loss
+from entkd.token_loss import TokenLoss, TokenWeight
 
 __all__ = ["HeadLoss", "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_statistics"]
-
-TokenWeight = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
-"""(entropy of q in nats, divergence in nats, rows), all of R tokens → weights (R,), for weights that a token's own
-student output decides. Rows are a slice or indices of the N tokens. Not differentiated."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,13 @@ class HeadLoss:
     total: Tensor
     """a_kd · divergence + a_ce · cross-entropy, with gradients."""
     divergence: Tensor
-    """Σ_i w_i s(T_i) D_i, without gradient."""
-    cross_entropy: Tensor
-    """Σ_i CE_i, without gradient; 0 without labels."""
+    """Σ_i w_i s(T_i) D_i; without gradient, as all that follow."""
+    cross_entropy: Tensor | None = None
+    """Σ_i CE_i; None without labels."""
+    target_cross_entropy: Tensor | None = None
+    """Σ_i -Σ_v p_iv log q_iv with p of the mixed teacher, no weights; None without ``teacher_share``."""
+    temperature_gradient: Tensor | None = None
+    """Σ_i w_i d[s(T_i) D_i]/dT_i; None where it was not asked for."""
 
 
 def linear_divergence(
@@ -121,6 +122,8 @@ def linear_distillation(
     temperature_N: Tensor | None = None,
     weight_N: Tensor | None = None,
     token_weight: TokenWeight | None = None,
+    teacher_share: Tensor | None = None,
+    temperature_gradient: bool = False,
     t2: Literal["per_token", "linear", "off"] = "per_token",
     vocab_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -129,9 +132,16 @@ def linear_distillation(
 
     ``divergence_weight`` and ``cross_entropy_weight`` are a_kd and a_ce. All else is as in `linear_divergence`, whose
     weights and temperatures do not touch the cross-entropy: all tokens have one.
+
+    Two further things that published methods do inside the tile: with ``teacher_share``, a scalar t in (0, 1], the
+    teacher's logits are (1-t) z_q + t z_p, z_q without gradient (TAID, arXiv 2501.16937); with
+    ``temperature_gradient`` the derivative of the divergence term by a common temperature is found (CTKD, arXiv
+    2211.16231), of the two KLs alone.
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence {divergence!r}: allowed are {', '.join(DIVERGENCES)}")
+    if divergence not in DIVERGENCES and divergence not in TERMS:
+        raise ValueError(f"divergence {divergence!r}: allowed are {', '.join({**DIVERGENCES, **TERMS})}")
+    if temperature_gradient and temperature_N is None:
+        raise ValueError("temperature_gradient: give temperature_N, the temperatures to differentiate by")
     given = target.ids_NK if target is not None else teacher_hidden_NE
     if given is None or (target is not None and teacher_hidden_NE is not None):
         raise ValueError("give the teacher's hidden states or logits, or a sparse target, and not both")
@@ -140,6 +150,8 @@ def linear_distillation(
             f"a sparse target gives the forward KL at T = 1 only, not {divergence}"
             f"{' at other temperatures' if temperature_N is not None else ''}; use hidden states"
         )
+    if target is not None and teacher_share is not None:
+        raise ValueError("a sparse target cannot be mixed with the student's logits; use hidden states")
     vocab_size = common_rows(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     if len(given) != len(student_hidden_ND):
         raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(given)} teacher tokens")
@@ -152,56 +164,43 @@ def linear_distillation(
         temperature_N = None if temperature_N is None else temperature_N[kept_K]
         teacher_hidden_NE = None if teacher_hidden_NE is None else teacher_hidden_NE[kept_K]
         target = None if target is None else target[kept_K]
-    scale_N = weight_N
-    if temperature_N is not None:
-        s_N = loss_scale(temperature_N, t2)
-        scale_N = s_N if scale_N is None else scale_N * s_N
-
     settings, dtype = dict(settings or {}), compute_dtype(student_hidden_ND)
-
-    def divergence_of(student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Scaled sum and gradient."""
-        entropy_R = None if token_weight is None else entropy(student_RV)
-        if target is not None:
-            value_R1, grad_RV = sparse_value_and_gradient(student_RV, target[rows])
-        else:
-            temperature_R1 = None if temperature_N is None else _column(temperature_N, rows, dtype)
-            value_R1, grad_RV = value_and_gradient(student_RV, teacher_RV, temperature_R1, divergence, settings)
-        scale_R1 = None if scale_N is None else _column(scale_N, rows, dtype)
-        if token_weight is not None and entropy_R is not None:
-            own_R = token_weight(entropy_R, value_R1.squeeze(-1), rows if kept_K is None else kept_K[rows])
-            own_R1 = own_R.detach().to(dtype).unsqueeze(-1)
-            scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
-        if scale_R1 is None:
-            return value_R1.sum(), grad_RV
-        if weight_N is not None and kept_K is None:
-            has_weight_R1 = _column(weight_N, rows, dtype) != 0
-            value_R1, grad_RV, scale_R1 = (part.where(has_weight_R1, 0.0) for part in (value_R1, grad_RV, scale_R1))
-        return (value_R1 * scale_R1).sum(), grad_RV.mul_(scale_R1)
+    token_loss = TokenLoss(
+        divergence,
+        settings,
+        target,
+        weight_N,
+        temperature_N,
+        None if temperature_N is None else loss_scale(temperature_N, t2),
+        token_weight,
+        kept_K,
+        teacher_share,
+        temperature_gradient,
+        t2,
+    )
+    names = [*token_loss.terms, *(["cross_entropy"] if labels_N is not None else [])]
 
     def loss(
         student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if labels_N is None:
-            value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
-            return divergence_weight * value, value, _times(grad_RV, divergence_weight)
+            value_T, grad_RV = token_loss(student_RV, teacher_RV, rows)
+            return divergence_weight * value_T[0], value_T, _times(grad_RV, divergence_weight)
         ce, ce_grad_RV = cross_entropy(student_RV, labels_N[rows], wants_grad)
-        value, grad_RV = divergence_of(student_RV, teacher_RV, rows)
+        value_T, grad_RV = token_loss(student_RV, teacher_RV, rows)
         grad_RV = _times(grad_RV, divergence_weight)
         if ce_grad_RV is not None:
             grad_RV.add_(ce_grad_RV, alpha=cross_entropy_weight)
-        total = divergence_weight * value + cross_entropy_weight * ce
-        return total, torch.stack([value, ce]), grad_RV
+        total = divergence_weight * value_T[0] + cross_entropy_weight * ce
+        return total, torch.cat([value_T, ce.unsqueeze(0)]), grad_RV
 
     if target is not None:
         teacher: RowsOf = target.ids_NK.__getitem__  # something of the tile's length: the loss looks up the rest itself
     else:
         assert teacher_hidden_NE is not None
         teacher = teacher_logits(teacher_hidden_NE, teacher_weight_UE, vocab_size, dtype)
-    total, parts = tiled_loss(
-        student_hidden_ND, student_weight_VD, teacher, loss, vocab_size, terms=1 if labels_N is None else 2
-    )
-    return HeadLoss(total, parts[0], parts[1] if labels_N is not None else parts.new_zeros(()))
+    total, parts = tiled_loss(student_hidden_ND, student_weight_VD, teacher, loss, vocab_size, terms=len(names))
+    return HeadLoss(total, **dict(zip(names, parts.unbind(), strict=True)))
 
 
 def linear_cross_entropy(

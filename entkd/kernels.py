@@ -176,6 +176,41 @@ def _kl_in_place(
     return value_R1, grad_RV if temperature_R1 is None else grad_RV.div_(temperature_R1)
 
 
+def temperature_derivative(
+    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor, name: str, t2: str
+) -> Tensor:
+    """(R, 1) d[s(T) D]/dT of the two KLs, where T divides both logits; leaves its inputs as they are.
+
+    With a = log q and b = log p at T, which differ from the scaled logits by constants that cancel:
+
+        dD/dT = -(1/T) Σ_v [∂D/∂a_v a_v + ∂D/∂b_v b_v]
+
+    and for KL(p‖q) ∂D/∂a = q - p, ∂D/∂b = p (log p - log q - D); for KL(q‖p) p and q change places.
+
+    Raises
+    ------
+    ValueError
+        For any other divergence.
+    """
+    if name not in ("forward_kl", "reverse_kl"):
+        raise ValueError(f"the derivative by the temperature is known of forward_kl and reverse_kl, not of {name}")
+    lowest = torch.finfo(student_RV.dtype).min
+    a_RV = torch.log_softmax(student_RV / temperature_R1, -1).clamp_min(lowest)
+    b_RV = torch.log_softmax(teacher_RV / temperature_R1, -1).clamp_min(lowest)
+    if name == "reverse_kl":
+        a_RV, b_RV = b_RV, a_RV
+    p_RV, q_RV = b_RV.exp(), a_RV.exp()
+    value_R1 = (p_RV * (b_RV - a_RV)).sum(-1, keepdim=True)
+    # Probabilities first in each product: two lowest numbers multiplied are infinite, and 0 times that is NaN.
+    slope_R1 = ((q_RV - p_RV) * a_RV + p_RV * (b_RV - a_RV - value_R1) * b_RV).sum(-1, keepdim=True)
+    slope_R1 = -slope_R1 / temperature_R1
+    if t2 == "off":
+        return slope_R1
+    if t2 == "linear":
+        return value_R1 + temperature_R1 * slope_R1
+    return 2 * temperature_R1 * value_R1 + temperature_R1.square() * slope_R1
+
+
 def log_softmax(logits_RV: Tensor, name: str) -> Tensor:
     """Log-probabilities in the buffer ``name``. That of probability 0 is the lowest finite number, so that their
     product is 0."""

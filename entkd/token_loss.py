@@ -1,0 +1,104 @@
+"""The distillation loss of a few rows of logits: divergence, weights, and what published methods change in the tile.
+
+Shapes: N tokens, R rows, V vocabulary. "1" is a dimension of length 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entkd.kernels import entropy, sparse_value_and_gradient, temperature_derivative, value_and_gradient
+from entkd.sparse import SparseTarget
+
+TokenWeight = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
+"""(entropy of q in nats, divergence in nats, rows), all of R tokens → weights (R,), for weights that a token's own
+student output decides. Rows are a slice or indices of the N tokens. Not differentiated."""
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Σ_i w_i s(T_i) D(p_i(T_i) ‖ q_i(T_i)) over some of N tokens, with its gradient by the student's logits."""
+
+    divergence: str
+    """A name in ``entkd.kernels.TERMS`` or ``entkd.divergences.DIVERGENCES``."""
+    settings: dict[str, Any]
+    """Its settings."""
+    target: SparseTarget | None
+    """The teacher's distributions in sparse form; None where logits are given."""
+    weight_N: Tensor | None
+    """w, to know the tokens of weight 0."""
+    temperature_N: Tensor | None
+    """T; None is 1."""
+    factor_N: Tensor | None
+    """s(T), by which the divergence is multiplied together with w; None is 1."""
+    token_weight: TokenWeight | None
+    """A further factor, formed here."""
+    kept_K: Tensor | None
+    """Which of the caller's tokens these N are, where others were left out before."""
+    teacher_share: Tensor | None
+    """t: the teacher's logits are (1-t) z_q + t z_p, without gradient through z_q (TAID); None is t = 1."""
+    wants_temperature_gradient: bool
+    """Whether Σ_i w_i d[s(T_i) D_i]/dT_i is a term."""
+    t2: str
+    """Which s(T)."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the sums beside the loss."""
+        names = ["divergence"]
+        if self.teacher_share is not None:
+            names.append("target_cross_entropy")
+        if self.wants_temperature_gradient:
+            names.append("temperature_gradient")
+        return tuple(names)
+
+    def __call__(self, student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The `terms` of these rows, (len(terms),), and the gradient of the first, (R, V). Overwrites its inputs."""
+        dtype = student_RV.dtype
+        temperature_R1 = None if self.temperature_N is None else _column(self.temperature_N, rows, dtype)
+        entropy_R = None if self.token_weight is None else entropy(student_RV)
+        target_entropy_R = slope_R1 = None
+        if self.teacher_share is not None:
+            share = self.teacher_share.to(dtype)
+            teacher_RV.mul_(share).add_(student_RV * (1 - share))
+            target_entropy_R = entropy(teacher_RV if temperature_R1 is None else teacher_RV / temperature_R1)
+        if self.wants_temperature_gradient:
+            assert temperature_R1 is not None
+            slope_R1 = temperature_derivative(student_RV, teacher_RV, temperature_R1, self.divergence, self.t2)
+        if self.target is not None:
+            value_R1, grad_RV = sparse_value_and_gradient(student_RV, self.target[rows])
+        else:
+            value_R1, grad_RV = value_and_gradient(
+                student_RV, teacher_RV, temperature_R1, self.divergence, self.settings
+            )
+        weight_R1 = None if self.weight_N is None else _column(self.weight_N, rows, dtype)
+        scale_R1 = weight_R1
+        if self.factor_N is not None:
+            factor_R1 = _column(self.factor_N, rows, dtype)
+            scale_R1 = factor_R1 if scale_R1 is None else scale_R1 * factor_R1
+        if self.token_weight is not None and entropy_R is not None:
+            own_R = self.token_weight(
+                entropy_R, value_R1.squeeze(-1), rows if self.kept_K is None else self.kept_K[rows]
+            )
+            own_R1 = own_R.to(dtype).unsqueeze(-1)
+            scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
+        if weight_R1 is not None and self.kept_K is None:
+            # Not multiplied by 0: what is in the rows of such tokens, NaN included, must not matter.
+            counts_R1 = weight_R1 != 0
+            value_R1, grad_RV = value_R1.where(counts_R1, 0.0), grad_RV.where(counts_R1, 0.0)
+            scale_R1 = scale_R1 if scale_R1 is None else scale_R1.where(counts_R1, 0.0)
+        sums = [value_R1.sum() if scale_R1 is None else (value_R1 * scale_R1).sum()]
+        if target_entropy_R is not None:  # unweighted, as the released code measures it
+            sums.append((value_R1.squeeze(-1) + target_entropy_R).sum())
+        if slope_R1 is not None:
+            sums.append(slope_R1.sum() if weight_R1 is None else (slope_R1 * weight_R1).sum())
+        return torch.stack(sums), grad_RV if scale_R1 is None else grad_RV.mul_(scale_R1)
+
+
+def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    return value_N.detach()[rows].to(dtype).unsqueeze(-1)

@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from entkd import __version__, config
-from entkd.config.base import Settings
 from entkd.config.errors import problems_of
 from entkd.errors import UserError
+from entkd.settings import Settings
 
 S = TypeVar("S", bound=Settings)
 
@@ -154,6 +154,13 @@ def _config_docs(args: argparse.Namespace) -> None:
     write_docs(args.output)
 
 
+def _new(args: argparse.Namespace) -> None:
+    from entkd.new import new
+
+    for path in new(args.kind, args.name):
+        print(path)
+
+
 def _unlock(args: argparse.Namespace) -> None:
     from entkd.unlock import unlock
 
@@ -252,6 +259,7 @@ STAGES: dict[str, Stage] = {
     ),
     "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
     "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),
+    "new": (_new, "write the files that a new method starts from", "kind name"),
     "unlock": (_unlock, "free a folder whose Snakemake was killed", ""),
 }
 
@@ -270,6 +278,10 @@ def parser() -> argparse.ArgumentParser:
                 stage.add_argument("files", nargs="+", type=Path, help="score files")
             elif option == "folders":
                 stage.add_argument("folders", nargs="+", type=_folder, help="folders of runs, or their run.json")
+            elif option == "kind":
+                stage.add_argument("kind", choices=["method"], help="what to begin")
+            elif option == "name":
+                stage.add_argument("name", help="its name in the settings: lower-case letters, digits and _")
             elif option == "experiment":
                 stage.add_argument("experiment", nargs="?", default="config/config.yaml", help="file (%(default)s)")
             elif option in DEFAULTS:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from entkd.divergences import DIVERGENCES, adaptive_shares, log_mixture
+from entkd.methods import bdkd
 from entkd.sparse import SparseTarget
 from entkd.workspace import buffer
 
@@ -103,8 +104,9 @@ TERMS: dict[str, Terms] = {
     "alpha_beta": _alpha_beta,
     "todi": _todi,
     "tvd": _tvd,
+    "bdkd": bdkd.terms,
 }
-"""f and a of every divergence."""
+"""f and a of every divergence, and of the approaches that are one."""
 
 
 def value_and_gradient(

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from pydantic import ValidationError, model_validator
 
-from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
 from entkd.names import COMPONENTS
+from entkd.settings import Settings
 
 Role = Literal["factorial", "baseline", "control"]
 

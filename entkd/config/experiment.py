@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from entkd.config.arms import Arm, ResolvedArm, resolve_arms
-from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
 from entkd.config.scoring import Analysis, ReportedSuite
@@ -18,6 +17,7 @@ from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Data, Slug, Student, Teacher, Training
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
+from entkd.settings import Settings
 
 RESULT_FOLDERS = ("data", "figures", "logs", "scores", "signals", "students", "teachers")
 """Folders of the demo's results, which no other experiment may take as its name."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from entkd.config.arms import ResolvedArm
-from entkd.config.base import Settings
 from entkd.config.experiment import Experiment
 from entkd.config.method import Curriculum, Features, Temperature
 from entkd.config.scoring import ReportedSuite, Suite, Task
 from entkd.config.stages import SyntheticData
 from entkd.names import FIDELITY
+from entkd.settings import Settings
 
 FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))
 """Metrics that scoring adds where `fidelity` is on, and which way is better."""
@@ -130,6 +130,8 @@ def _terms(arm: ResolvedArm) -> str:
         terms.append(f"{method.divergence.name}{_changed(method.divergence, 'name')}")
     if method.ce is not None:
         terms.append(f"ce{_changed(method.ce)}")
+    if method.approach is not None:
+        terms.append(f"{method.approach.name}{_changed(method.approach, 'name')}")
     pipeline = "" if arm.pipeline == "distill" else f"{arm.pipeline}: "
     by = f", difficulty {method.difficulty.scale}" if method.needs_difficulty and _changed(method.difficulty) else ""
     return f"{pipeline}{' + '.join(terms)}{by}"

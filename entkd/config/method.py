@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from entkd.config.base import Settings
+from entkd.methods import AnyApproach
+from entkd.settings import Settings
 
 
 class _Divergence(Settings):
@@ -210,8 +211,10 @@ class Method(Settings):
     """Feature distillation on hard tokens."""
     difficulty: Difficulty = Difficulty()
     """How entropy becomes difficulty, where a component needs it."""
+    approach: AnyApproach | None = None
+    """A published way to weigh, select or soften tokens. A bare name stands for it with its defaults."""
 
-    @field_validator("divergence", mode="before")
+    @field_validator("divergence", "approach", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
@@ -224,6 +227,11 @@ class Method(Settings):
             for name in ("curriculum", "temperature"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} shapes the divergence term, which is null here; set {name}: null")
+        if self.approach is not None:
+            if self.divergence is None:
+                raise ValueError(f"approach {self.approach.name} shapes the divergence term, which is null here")
+            for key, why in self.approach.problems(self):
+                raise ValueError(f"{key}: {why}")
         return self
 
     @property

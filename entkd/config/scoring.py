@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from entkd.config.base import Settings
+from entkd.settings import Settings
 
 
 class Task(Settings):

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from entkd.config.base import Settings
 from entkd.config.method import Method
+from entkd.settings import Settings
 
 
 class SignalFeatures(Settings):
@@ -91,6 +91,12 @@ def lacking_distribution(method: Method) -> Iterator[tuple[str, str]]:
             "divergence",
             f"{divergence.name} needs the teacher's whole distribution, and `signals.mode: sparse` keeps a sample that "
             "serves forward_kl alone; set `signals.mode: hidden`, or use forward_kl",
+        )
+    if method.approach is not None and method.approach.needs_distribution:
+        yield (
+            "approach",
+            f"{method.approach.name} needs the teacher's whole distribution, and `signals.mode: sparse` keeps a "
+            "sample; set `signals.mode: hidden`",
         )
     if temperature is not None and (temperature.base, temperature.c) != (1.0, 0.0):
         yield (

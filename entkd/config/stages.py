@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from entkd.config.base import Settings
+from entkd.settings import Settings
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")]
 """A name that can be part of a path and of a rule's wildcard."""

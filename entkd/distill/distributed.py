@@ -67,6 +67,12 @@ class World:
         dist.all_reduce(stacked)
         return dict(zip(terms, stacked.unbind(), strict=True))
 
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     def barrier(self) -> None:
         """Wait for every process."""
         if self.size > 1:

@@ -21,7 +21,14 @@ def trunk_flops_per_token(model: PreTrainedModel, block: int) -> float:
 
 
 def training_tflops(
-    student: PreTrainedModel, tokens: int, positions: int, block: int, vocab_size: int, teacher_width: int | None
+    student: PreTrainedModel,
+    tokens: int,
+    positions: int,
+    block: int,
+    vocab_size: int,
+    teacher_width: int | None,
+    scanned_tokens: int = 0,
+    scanned_positions: int = 0,
 ) -> float:
     """TFLOPs of a run: forward and backward of the student, and the teacher's output projection.
 
@@ -33,6 +40,9 @@ def training_tflops(
         Response tokens through the output projections.
     teacher_width
         Width of the teacher's hidden states; None where the arm reads no teacher distribution.
+    scanned_tokens, scanned_positions
+        Tokens and response tokens that the student was run over once more without gradient, because an approach reads
+        its outputs before it weighs them.
 
     Notes
     -----
@@ -42,4 +52,6 @@ def training_tflops(
     trunk = 3 * trunk_flops_per_token(student, block) * tokens
     head = 3 * 2.0 * int(student.config.hidden_size) * vocab_size * positions
     teacher = 2.0 * (teacher_width or 0) * vocab_size * positions
-    return (trunk + head + teacher) / 1e12
+    scan = trunk_flops_per_token(student, block) * scanned_tokens
+    scan += 2.0 * (int(student.config.hidden_size) + (teacher_width or 0)) * vocab_size * scanned_positions
+    return (trunk + head + teacher + scan) / 1e12

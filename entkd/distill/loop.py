@@ -24,6 +24,7 @@ from entkd.config import Method, Training
 from entkd.curriculum import progress_schedule
 from entkd.data import Corpus
 from entkd.data.packing import collate, plan_steps
+from entkd.distill.approach import response_lengths
 from entkd.distill.distributed import World
 from entkd.distill.evaluate import dev_nll
 from entkd.distill.flops import training_tflops
@@ -31,6 +32,7 @@ from entkd.distill.metrics import Metrics
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import write_outputs
+from entkd.distill.scan import needs_scan, scanned, with_factors
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
 from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
@@ -155,13 +157,22 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 positions += sum(len(batch.tokens_N) for batch in batches)
                 continue
             targets_of_step = targets.step(batches, progress[step - 1])
+            micro_batches, selected = targets_of_step.micro_batches, 0
+            if method.approach is not None:
+                selected = method.approach.selected(response_lengths(batches))
+                if needs_scan(objective, micro_batches):
+                    micro_batches = with_factors(
+                        objective, micro_batches, world, device, dtype, targets_of_step.positions, selected
+                    )
             tokens, positions = tokens + targets_of_step.tokens, positions + targets_of_step.positions
             set_learning_rate(optimizer, rates[step - 1], training)
             optimizer.zero_grad(set_to_none=True)
             terms: dict[str, torch.Tensor] = {}
-            for micro_batch in world.share(targets_of_step.micro_batches):
+            for micro_batch in world.share(micro_batches):
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    losses = module(micro_batch.to(device), targets_of_step.positions, targets_of_step.hard)
+                    losses = module(
+                        micro_batch.to(device), targets_of_step.positions, targets_of_step.hard, selected=selected
+                    )
                 # Each micro-batch carries the global denominators, so gradients simply add up; DDP averages over
                 # the processes, which the factor undoes.
                 (losses["loss"] * world.size).backward()
@@ -169,6 +180,11 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                     terms[name] = terms[name] + value.detach() if name in terms else value.detach()
             norm = clip_gradients(student, projectors, training.clip)
             optimizer.step()
+            terms = world.sum(terms)
+            of_approach = {}
+            if objective.approach is not None:
+                of_approach = objective.approach.logged()
+                objective.approach.end_step(terms, step - 1, len(steps))
             metrics.add(
                 {
                     "step": step,
@@ -178,7 +194,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                     "progress": progress[step - 1],
                     **targets_of_step.summary,
                 },
-                world.sum(terms) | {"grad_norm": norm},
+                terms | {"grad_norm": norm} | of_approach,
                 seconds_before + time.monotonic() - began,
             )
             if step % training.eval_every == 0 or step == len(steps):
@@ -236,7 +252,15 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "positions": positions,
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": training_tflops(student, tokens, positions, training.block, vocab_size, teacher_width),
+            "tflops": training_tflops(
+                student,
+                tokens,
+                positions,
+                training.block,
+                vocab_size,
+                teacher_width,
+                *scanned(method, training, tokens, positions),
+            ),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             "resumed": resumed,
             "started": started,

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from entkd.closeness import linear_statistics
 from entkd.config import Method
 from entkd.data.packing import Batch
+from entkd.distill.approach import ApproachState, combine, document_of_tokens, factors_of_batches
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
+from entkd.methods.base import Factors
 from entkd.models import layer_points, output_weight, trunk_forward
+from entkd.products import cast
 from entkd.runtime import to_device
 from entkd.sparse import SparseTarget
 
@@ -44,6 +48,8 @@ class MicroBatch:
     """Indices into N of the tokens with a feature loss; None where there is none."""
     teacher_features: tuple[Tensor, ...] = ()
     """(H, E) hidden states of the teacher, one for each layer pair."""
+    factors: Factors | None = None
+    """What an approach that looks at the global batch says of these tokens; None where it looks at them alone."""
 
     def teacher(self) -> Teacher | None:
         """What ``teacher_NE`` is or reads."""
@@ -63,6 +69,7 @@ class MicroBatch:
             moved(self.temperature_N),
             moved(self.hard_H),
             tuple(to_device(tensor, device) for tensor in self.teacher_features),
+            self.factors,  # made on the device
         )
 
 
@@ -102,6 +109,7 @@ class Objective(nn.Module):
         self.register_buffer("teacher_head_UE", teacher_head_UE, persistent=False)
         self.student_layers: tuple[int, ...] = ()
         self.projectors: Projectors | None = None
+        self.approach = ApproachState(method.approach) if method.approach is not None else None
         if method.features is not None:
             config = student.config
             self.student_layers = layer_points(config.num_hidden_layers, method.features.points)
@@ -109,7 +117,7 @@ class Objective(nn.Module):
                 config.hidden_size, teacher_width, len(self.student_layers), method.features.projector, generator
             )
 
-    def forward(self, micro: MicroBatch, positions: int, hard: int) -> dict[str, Tensor]:
+    def forward(self, micro: MicroBatch, positions: int, hard: int, selected: int = 0) -> dict[str, Tensor]:
         """Loss of one micro-batch and its terms.
 
         Parameters
@@ -118,12 +126,14 @@ class Objective(nn.Module):
             The micro-batch.
         positions, hard
             N and |H| of the global batch; zero counts as one.
+        selected
+            What the approach says of the global batch's documents (`Approach.selected`).
 
         Returns
         -------
         dict
             ``loss``, to be summed over micro-batches and devices, and detached ``kd``, ``ce``, ``features``: the
-            unweighted terms, each already divided by its global denominator.
+            unweighted terms, each already divided by its global denominator; and the terms that an approach asks for.
         """
         method, batch = self.method, micro.batch
         hidden_BLD, captured = trunk_forward(
@@ -139,6 +149,11 @@ class Objective(nn.Module):
             assert teacher is not None
             # Sparse targets are at T = 1, and `TeacherTargets` has refused methods of other temperatures.
             sparse = teacher if isinstance(teacher, SparseTarget) else None
+            weight_N, temperature_N = self._weights_and_temperatures(micro, hidden_ND, teacher, positions, selected)
+            name, settings = method.divergence.name, method.divergence.parameters()
+            if method.approach is not None:
+                name, settings = method.approach.divergence(name, settings)
+            asked = method.approach.terms if method.approach is not None else ()
             # One projection of the student serves both terms.
             head = linear_distillation(
                 hidden_ND,
@@ -147,19 +162,22 @@ class Objective(nn.Module):
                 self.teacher_head_UE,
                 target=sparse,
                 labels_N=batch.labels_N if method.ce is not None else None,
-                divergence=method.divergence.name,
-                settings=method.divergence.parameters(),
+                divergence=name,
+                settings=settings,
                 divergence_weight=method.divergence.weight,
                 cross_entropy_weight=method.ce.weight if method.ce is not None else 1.0,
-                temperature_N=micro.temperature_N if sparse is None else None,
-                weight_N=micro.weight_N,
+                temperature_N=temperature_N if sparse is None else None,
+                weight_N=weight_N,
+                teacher_share=None if self.approach is None else self.approach.teacher_share(),
+                temperature_gradient="temperature_gradient" in asked,
                 t2=method.temperature.t2 if method.temperature is not None else "per_token",
                 vocab_size=self.vocab_size,
             )
             loss = loss + head.total / max(1, positions)
             terms["kd"] = head.divergence / max(1, positions)
-            if method.ce is not None:
+            if head.cross_entropy is not None:
                 terms["ce"] = head.cross_entropy / max(1, positions)
+            terms |= {term: getattr(head, term) / max(1, positions) for term in asked}
         elif method.ce is not None:
             total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
             terms["ce"] = total / max(1, positions)
@@ -168,6 +186,53 @@ class Objective(nn.Module):
             terms["features"] = self._features(captured, micro, hard)
             loss = loss + method.features.weight * terms["features"]
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _weights_and_temperatures(
+        self, micro: MicroBatch, hidden_ND: Tensor, teacher: Teacher, positions: int, selected: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the components, and of the approach on top of them."""
+        weight_N, temperature_N = micro.weight_N, micro.temperature_N
+        if self.approach is None:
+            return weight_N, temperature_N
+        factors = micro.factors
+        if factors is None and self.approach.settings.statistics:
+            found, documents = self.statistics_of(hidden_ND, teacher), document_of_tokens(micro.batch)
+            (factors,) = factors_of_batches(self.approach, [found], [documents], positions, selected, self.vocab_size)
+        common = self.approach.temperature()
+        if common is not None:
+            temperature_N = common.to(hidden_ND.dtype).expand(len(hidden_ND))
+        if factors is not None:
+            weight_N = combine(weight_N, factors.weight_N)
+            temperature_N = factors.temperature_N if temperature_N is None else temperature_N
+        return weight_N, temperature_N
+
+    @torch.no_grad()
+    def statistics_of(self, hidden_ND: Tensor, teacher: Teacher) -> dict[str, Tensor]:
+        """What the approach reads of these tokens' outputs, (N,) each, without gradient."""
+        assert self.approach is not None
+        settings, device = self.approach.settings, hidden_ND.device.type
+        weight_VD = output_weight(self.student).detach()
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            hidden_ND, weight_VD = hidden_ND.bfloat16(), cast(weight_VD, torch.bfloat16, "weight of products")
+        sparse = isinstance(teacher, SparseTarget)
+        with torch.autocast(device, enabled=False):
+            return linear_statistics(
+                hidden_ND.detach(),
+                weight_VD,
+                None if sparse else teacher,
+                None if sparse else self.teacher_head_UE,
+                wants=settings.statistics,
+                entropy_temperature=settings.entropy_temperature,
+                vocab_size=self.vocab_size,
+            )
+
+    @torch.no_grad()
+    def scan(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """`statistics_of` a micro-batch, by a forward pass of its own."""
+        teacher = micro.teacher()
+        assert teacher is not None
+        hidden_BLD, _ = trunk_forward(self.student, micro.batch.input_ids_BL, micro.batch.position_ids_BL)
+        return self.statistics_of(hidden_BLD.flatten(0, 1)[micro.batch.positions_N], teacher)
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
         """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""

@@ -1,0 +1,72 @@
+"""Factors of an approach that looks at the global batch of a step, where a forward pass sees less than that.
+
+The student runs over all micro-batches without gradient, the statistics of all processes are put together, and each
+micro-batch gets its part of what the approach makes of them. So neither micro-batches nor processes change the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from entkd.config import Method, Training
+from entkd.distill.approach import document_of_tokens, factors_of_batches
+from entkd.distill.distributed import World
+from entkd.distill.objective import MicroBatch, Objective
+
+
+def needs_scan(objective: Objective, micro_batches: list[MicroBatch]) -> bool:
+    """Whether a forward pass of its own is needed; a single micro-batch is looked at while it is trained."""
+    approach = objective.approach
+    return (
+        approach is not None
+        and bool(approach.settings.statistics)
+        and approach.settings.scope == "batch"
+        and len(micro_batches) > 1
+    )
+
+
+def scanned(method: Method, training: Training, tokens: int, positions: int) -> tuple[int, int]:
+    """Tokens and response tokens of a run that trunk and output projections saw once more, without gradient."""
+    if method.approach is None or not method.approach.statistics:
+        return 0, 0
+    whole = method.approach.scope == "batch" and training.blocks_per_step > training.micro_blocks
+    return (tokens if whole else 0), positions
+
+
+@torch.no_grad()
+def with_factors(
+    objective: Objective,
+    micro_batches: list[MicroBatch],
+    world: World,
+    device: torch.device,
+    dtype: torch.dtype,
+    positions: int,
+    selected: int,
+) -> list[MicroBatch]:
+    """The micro-batches of a step with their factors; of other processes' ones too, which nobody reads."""
+    approach = objective.approach
+    assert approach is not None
+    names = approach.settings.statistics
+    sizes = [len(micro.batch.tokens_N) for micro in micro_batches]
+    found_SG = torch.zeros(len(names), sum(sizes), device=device)
+    parts = found_SG.split(sizes, dim=1)
+    training = objective.student.training
+    objective.student.eval()  # dropout would give the tokens other outputs than the ones that are trained
+    for index in range(world.rank, len(micro_batches), world.size):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = objective.scan(micro_batches[index].to(device))
+        for row, name in enumerate(names):
+            parts[index][row].copy_(found[name])
+    objective.student.train(training)
+    world.total(found_SG)
+    factors = factors_of_batches(
+        approach,
+        [dict(zip(names, part_SN, strict=True)) for part_SN in parts],
+        [document_of_tokens(micro.batch).to(device) for micro in micro_batches],
+        positions,
+        selected,
+        objective.vocab_size,
+    )
+    return [replace(micro, factors=own) for micro, own in zip(micro_batches, factors, strict=True)]

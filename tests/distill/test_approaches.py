@@ -1,0 +1,166 @@
+"""Published approaches through the real loop: every one runs, resumes, and is not changed by how a step is cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from entkd.config import Method, Training
+from entkd.data import Corpus
+from entkd.data.packing import collate
+from entkd.distill import distill
+from entkd.distill.approach import response_lengths
+from entkd.distill.distributed import World
+from entkd.distill.scan import needs_scan, with_factors
+from entkd.methods import APPROACHES
+from tests.distill.test_objective import PAD, build
+
+TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
+VARIANTS = {
+    "adakd": {"name": "adakd", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
+    "adakd_latf": {"name": "adakd", "tempering": None, "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
+    "adakd_idts": {"name": "adakd", "focusing": None},
+    "sekd": {"name": "sekd"},
+    "sekd_teacher": {"name": "sekd", "by": "teacher", "variant": "paper"},
+    "eakd": {"name": "eakd"},
+    "eakd_mean": {"name": "eakd", "normalise": "mean"},
+    "bdkd": {"name": "bdkd"},
+    "taid": {"name": "taid", "alpha": 0.05},
+    "taid_paper": {"name": "taid", "variant": "paper", "alpha": 0.05},
+    "ctkd": {"name": "ctkd"},
+}
+
+
+def method_of(variant: str, **more: object) -> Method:
+    return Method.model_validate({"divergence": "forward_kl", "approach": VARIANTS[variant]} | more)
+
+
+def run(tiny, output: Path, method: Method, training: Training = TRAINING) -> dict:
+    torch.set_num_threads(1)
+    distill(method, training, 0, tiny.student, tiny.data, tiny.signals, output)
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))
+
+
+def rows(output: Path) -> list[dict]:
+    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def loss_and_gradient(tiny, method: Method, micros, state: dict[str, float] | None = None):
+    """Loss and gradient of one step, cut into these micro-batches of blocks of documents."""
+    objective, targets, corpus = build(tiny, method)
+    for name, value in (state or {}).items():
+        objective.approach.values[name].fill_(value)
+    batches = [collate(corpus, [np.asarray(block) for block in micro], 256, PAD) for micro in micros]
+    step = targets.step(batches, 0.7)
+    micro_batches, selected = step.micro_batches, 0
+    if method.approach is not None:
+        selected = method.approach.selected(response_lengths(batches))
+        if needs_scan(objective, micro_batches):
+            cpu = torch.device("cpu")
+            micro_batches = with_factors(
+                objective, micro_batches, World(), cpu, torch.float32, step.positions, selected
+            )
+    total, terms = 0.0, {}
+    for micro in micro_batches:
+        losses = objective(micro, step.positions, step.hard, selected=selected)
+        losses["loss"].backward()
+        total += losses["loss"].item()
+        for name, value in losses.items():
+            terms[name] = terms.get(name, 0.0) + value.item()
+    return total, {name: p.grad.clone() for name, p in objective.named_parameters()}, terms
+
+
+def test_every_approach_is_tried_here() -> None:
+    assert {settings["name"] for settings in VARIANTS.values()} == set(APPROACHES)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request: pytest.FixtureRequest, tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict]:
+    output = tmp_path_factory.mktemp(request.param)
+    return request.param, output, run(tiny, output, method_of(request.param))
+
+
+def test_it_runs_and_is_not_plain_distillation(tiny, whole, tmp_path: Path) -> None:
+    variant, output, record = whole
+    plain = run(tiny, tmp_path, Method(divergence="forward_kl"))
+    assert record["weights_sha256"] != plain["weights_sha256"]
+    assert record["arm"]["method"]["approach"]["name"] == VARIANTS[variant]["name"]
+    logged = rows(output)
+    assert all(np.isfinite(row["loss"]) for row in logged)
+    assert logged[-1]["step"] == 6
+    names = {key for key in logged[0] if key.startswith(VARIANTS[variant]["name"])}
+    assert names == {f"{VARIANTS[variant]['name']}_{name}" for name in method_of(variant).approach.state()}
+
+
+def test_it_resumes_bit_for_bit(tiny, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pitfall 26: the state of the approach is part of the resume state."""
+    variant, output, record = whole
+    calls = 0
+
+    def clip(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    from entkd.distill import loop
+
+    original = loop.clip_gradients
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "clip_gradients", clip)
+        with pytest.raises(KeyboardInterrupt):
+            distill(method_of(variant), TRAINING, 0, tiny.student, tiny.data, tiny.signals, tmp_path, 1e-9)
+    resumed = run(tiny, tmp_path, method_of(variant))
+    assert resumed["resumed"] == 1
+    assert resumed["weights_sha256"] == record["weights_sha256"]
+    for before, after in zip(rows(output), rows(tmp_path), strict=True):
+        assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_change_nothing(tiny, variant: str) -> None:
+    """Limit 11: statistics are those of the global batch."""
+    method = method_of(variant, ce={"weight": 0.3}, curriculum={})
+    state = {"share": 0.37} if "focusing" in VARIANTS[variant] and VARIANTS[variant]["focusing"] else {}
+    one = loss_and_gradient(tiny, method, [[[5, 0], [17, 3], [9, 30]]], state)
+    three = loss_and_gradient(tiny, method, [[[5, 0]], [[17, 3]], [[9, 30]]], state)
+    assert one[0] == pytest.approx(three[0], rel=2e-5)
+    assert one[2] == pytest.approx(three[2], rel=2e-4)
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(three[1][name], gradient, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_components_that_do_nothing_change_nothing(tiny, variant: str) -> None:
+    """κ = 0, c = 0, and features of no token."""
+    off = {"curriculum": {"kappa": 0}, "features": {"threshold": 1.0}}
+    if variant not in ("adakd", "adakd_idts", "ctkd"):  # which set the temperature themselves
+        off["temperature"] = {"c": 0}
+    alone = loss_and_gradient(tiny, method_of(variant), [[[5, 0], [17, 3]]])
+    with_off = loss_and_gradient(tiny, method_of(variant, **off), [[[5, 0], [17, 3]]])
+    assert with_off[0] == pytest.approx(alone[0], abs=1e-6)
+    for name, gradient in alone[1].items():
+        torch.testing.assert_close(with_off[1][name], gradient, rtol=1e-6, atol=1e-6)
+
+
+def test_the_second_look_at_the_student_is_counted(tiny, tmp_path: Path) -> None:
+    plain = run(tiny, tmp_path / "kd", Method(divergence="forward_kl"))
+    micro, batch = (run(tiny, tmp_path / name, method_of(name)) for name in ("sekd", "adakd_idts"))
+    head = 2.0 * 2 * 32 * 300 * plain["positions"] / 1e12  # both output projections, width 32 each
+    width = load_file(tiny.student / "model/model.safetensors")["model.embed_tokens.weight"].shape[1]
+    assert width == 32
+    assert micro["tflops"] - plain["tflops"] == pytest.approx(head, rel=1e-6)
+    assert batch["tflops"] > micro["tflops"]
+
+
+def test_lengths_of_documents(tiny) -> None:
+    corpus = Corpus.open(tiny.data, "train")
+    batch = collate(corpus, [np.asarray([5, 0]), np.asarray([17])], 256, PAD)
+    assert response_lengths([batch]) == corpus.response_lengths[[5, 0, 17]].tolist()

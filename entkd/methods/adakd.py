@@ -107,8 +107,8 @@ class AdaKD(Approach):
             # Entry k // 2 from the largest down is the lower of two middle ones, the release's median.
             middle = kept // 2 if isinstance(kept, int) else (kept / 2).floor().long()
             median = distance_N[order_N[middle]]
-            tiny = 1e-8  # two equal distributions have distance 0
-            relative_N = (distance_N / median.clamp_min(tiny)).clamp_min(tiny)
+            tiny = 1e-8  # equal distributions have distance 0; where the median is 0, too, they have τ = 1
+            relative_N = distance_N.clamp_min(tiny) / median.clamp_min(tiny)
             temperature_N = (-self.tempering.c * relative_N.log().tanh()).exp()
         return Factors(weight_N, temperature_N)
 

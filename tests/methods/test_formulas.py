@@ -1,0 +1,203 @@
+"""Every approach against its independent reference, and the properties that its paper claims."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from entkd.config import Method
+from entkd.distill.approach import ApproachState
+from entkd.methods import APPROACHES
+from entkd.methods.adakd import AdaKD
+from entkd.methods.base import Tokens
+from entkd.methods.ctkd import CTKD
+from entkd.methods.eakd import EAKD
+from entkd.methods.sekd import SEKD
+from entkd.methods.taid import TAID
+from tests.methods.cases import CASES, LENGTHS, V, by_document, errors, logits, ours
+from tests.references import methods as ref
+from tests.references import schedules
+
+GOLDEN: dict[tuple[str, int], float] = {}
+
+
+def test_every_approach_has_a_reference() -> None:
+    assert {case.approach["name"] for case in CASES.values()} == set(APPROACHES)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient(name: str, seed: int) -> None:
+    _, loss, gradient = errors(CASES[name], seed)
+    assert loss < 1e-11
+    assert gradient < 1e-8  # of central differences
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_values(name: str) -> None:
+    """A change means another formula: raise ``version`` in the settings class and add a line."""
+    version = APPROACHES[CASES[name].approach["name"]].model_fields["version"].default
+    assert errors(CASES[name])[0] == pytest.approx(GOLDEN[name, version], rel=1e-9)
+
+
+# ── AdaKD ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tokens(statistics: dict[str, list[float]], lengths: tuple[int, ...], selected: int) -> Tokens:
+    document_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    found = {name: torch.tensor(values, dtype=torch.float64) for name, values in statistics.items()}
+    return Tokens(found, document_N, sum(lengths), selected, V)
+
+
+def test_idts_lowers_the_temperature_of_distant_tokens() -> None:
+    distances = np.random.default_rng(3).uniform(0, 1, 31)
+    settings = AdaKD(focusing=None)
+    found = settings.factors(tokens({"hellinger": distances.tolist()}, (31,), 31), {}).temperature_N.numpy()
+    order = distances.argsort()
+    assert (np.diff(found[order]) < 0).all()
+    assert found[order[15]] == 1.0  # the median
+    assert found.min() >= math.exp(-0.5)
+    assert found.max() <= math.exp(0.5)
+    np.testing.assert_allclose(found, ref.adakd_temperatures(distances), rtol=1e-12)
+
+
+def test_idts_of_equal_models_is_one() -> None:
+    found = AdaKD(focusing=None).factors(tokens({"hellinger": [0.0, 0.0, 0.0, 0.5]}, (4,), 4), {}).temperature_N
+    assert found.tolist() == pytest.approx([1.0, 1.0, 1.0, math.exp(-0.5)])
+
+
+@pytest.mark.parametrize("floor", [0.1, 0.0])
+def test_the_kept_share_follows_the_average_of_the_loss(floor: float) -> None:
+    draw = np.random.default_rng(4)
+    losses = (3 * np.exp(-np.arange(60) / 12) + 2 * (np.arange(60) > 40) + draw.uniform(0, 0.2, 60)).tolist()
+    settings = AdaKD.model_validate({"focusing": {"decay": 0.5, "warmup": 0.1, "least": floor}})
+    state = ApproachState(settings)
+    shares = [state.values["share"].item()]
+    for step, loss in enumerate(losses):
+        state.end_step({"kd": torch.tensor(loss)}, step, len(losses))
+        shares.append(state.values["share"].item())
+    expected = schedules.adakd_shares([float(torch.tensor(v)) for v in losses], 6, 0.5, 0.1, 0.1, floor)
+    assert shares == pytest.approx(expected, rel=1e-12)
+    assert shares[:7] == [1.0] * 7  # warm-up
+    assert min(shares) < 0.5  # falls with the loss,
+    assert shares[-1] > min(shares)  # and rises again with it
+
+
+# ── SE-KD, EA-KD ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("share", [0.07, 0.2, 0.5, 1.0])
+def test_exactly_the_share_of_every_document(share: float) -> None:
+    lengths = (1, 4, 5, 15, 100)
+    entropy = np.random.default_rng(5).integers(0, 9, sum(lengths)).astype(float)  # with many ties
+    settings = SEKD(share=share)
+    selected = settings.selected(lengths)
+    weight_N = settings.factors(tokens({"entropy": entropy.tolist()}, lengths, selected), {}).weight_N.numpy()
+    counts = [ref.sekd_count(length, share) for length in lengths]
+    parts = np.split(weight_N, np.cumsum(lengths)[:-1])
+    assert [int((part > 0).sum()) for part in parts] == counts
+    assert weight_N.mean() == pytest.approx(1)
+    for part, values in zip(parts, np.split(entropy, np.cumsum(lengths)[:-1]), strict=True):
+        assert part.nonzero()[0].tolist() == ref.sekd_selected(values, share)
+
+
+def test_eakd_rises_with_the_teachers_entropy() -> None:
+    grid = np.linspace(0, math.log(V), 9)
+    weights = EAKD().factors(tokens({"entropy": [0.7] * 9, "teacher_entropy": grid.tolist()}, (9,), 9), {}).weight_N
+    assert weights[0] == 0
+    assert (weights.diff() > 0).all()
+
+
+# ── TAID, CTKD ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_t_rises_to_its_end(adaptive: bool) -> None:
+    draw = np.random.default_rng(6)
+    losses = [float(torch.tensor(value)) for value in 5 * np.exp(-np.arange(40) / 15) + draw.uniform(0, 1, 40)]
+    settings = TAID(adaptive=adaptive, alpha=0.05)
+    state, found = ApproachState(settings), []
+    for step, loss in enumerate(losses):
+        found.append(state.values["t"].item())
+        state.end_step({"target_cross_entropy": torch.tensor(loss)}, step, len(losses))
+    found.append(state.values["t"].item())
+    expected = schedules.taid_times(losses, len(losses), adaptive, alpha=0.05)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert (np.diff(found) >= 0).all()
+    assert found[0] == 0.4
+    assert 0.95 < found[-1] <= 1
+
+
+def test_taid_reports_the_cross_entropy_of_its_target() -> None:
+    student, teacher = logits(0)
+    terms, _, _ = ours(student, teacher, "taid", {"t": 0.7})
+    assert terms["target_cross_entropy"] == pytest.approx(
+        ref.taid_loss(student, teacher, 0.7, variant="authors"), rel=1e-12
+    )
+
+
+def test_at_t_1_taid_is_plain_distillation() -> None:
+    student, teacher = logits(1)
+    terms, gradient, _ = ours(student, teacher, "taid", {"t": 1.0})
+    plain, plain_gradient, _ = ours(student, teacher, {"name": "bdkd", "strength": 1, "scale": "mean"})
+    expected = ref.taid_loss(student, teacher, 1.0)
+    assert terms["loss"] == pytest.approx(expected, rel=1e-12)
+    assert plain["loss"] != pytest.approx(expected, rel=1e-3)  # half of it is reverse KL
+    assert not np.allclose(gradient, plain_gradient)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("t2", ["per_token", "linear", "off"])
+def test_derivative_by_the_temperature(divergence: str, t2: str) -> None:
+    from entkd.kernels import temperature_derivative
+
+    student, teacher = logits(2)
+    temperature = torch.full((len(student), 1), 2.3, dtype=torch.float64)
+    found = temperature_derivative(torch.tensor(student), torch.tensor(teacher), temperature, divergence, t2)
+    assert found.mean().item() == pytest.approx(ref.ctkd_slope(student, teacher, 2.3, divergence, t2), rel=1e-10)
+
+
+def test_the_temperature_ascends_its_gradient() -> None:
+    student, teacher = logits(0)
+    settings = CTKD(momentum=0, lr=0.1, ramp=0.5)
+    terms, _, objective = ours(student, teacher, settings.model_dump(), {"theta": -1.2})
+    objective.approach.end_step({name: torch.tensor(v, dtype=torch.float64) for name, v in terms.items()}, 3, 10)
+    expected = -1.2 - 0.1 * ref.ctkd_gradient(student, teacher, -1.2, settings.reversal(3, 10))
+    theta = objective.approach.values["theta"].item()
+    assert theta == pytest.approx(expected, rel=1e-9)
+    before, after = (ref.ctkd_loss(student, teacher, ref.ctkd_temperature(value)) for value in (-1.2, theta))
+    assert after > before
+
+
+def test_the_reversal_rises_along_half_a_cosine() -> None:
+    settings = CTKD(ramp=10 / 240)
+    found = [settings.reversal(step, 240) for step in range(240)]
+    assert found == pytest.approx([schedules.ctkd_strength(epoch + 1, 10) for epoch in range(240)])
+
+
+# ── what does not fit together ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"approach": "adakd", "temperature": {}}, "temperature: adakd's tempering sets each token's temperature"),
+        ({"approach": "ctkd", "temperature": {}}, "temperature: ctkd learns one temperature"),
+        ({"approach": "ctkd", "divergence": "jsd"}, "divergence: ctkd differentiates the two KLs"),
+        ({"approach": "bdkd", "divergence": "jsd"}, "divergence: bdkd is a divergence of its own, not jsd"),
+        ({"approach": "taid", "divergence": "reverse_kl"}, "divergence: taid trains KL"),
+        ({"approach": "taid", "divergence": None, "ce": {}}, "approach taid shapes the divergence term"),
+        ({"approach": {"name": "taid", "start": 0.9, "end": 0.5}}, "start 0.9 is above end 0.5"),
+        ({"approach": {"name": "adakd", "focusing": None, "tempering": None}}, "both null"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(method: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method.model_validate({"divergence": "forward_kl"} | method)
+
+
+def test_documents_are_cut_where_positions_restart() -> None:
+    assert [len(part) for part in by_document(logits(0)[0])] == list(LENGTHS)

@@ -27,11 +27,14 @@ import entkd.signals.teacher_pass
 import entkd.tiles
 from entkd.config import DIVERGENCE_NAMES, Method, Signals, Training
 from entkd.data.packing import Batch
+from entkd.distill.distributed import World
 from entkd.distill.metrics import Metrics
 from entkd.distill.objective import MicroBatch, Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, set_learning_rate
+from entkd.distill.scan import needs_scan, with_factors
 from entkd.features import feature_loss
 from entkd.fused import linear_statistics
+from entkd.methods import APPROACHES
 from entkd.models import access, trunk_forward
 from entkd.runtime import to_device
 from entkd.signals.kept import room
@@ -88,15 +91,23 @@ def train(
             set_learning_rate(optimizer, 1e-3, training)
             optimizer.zero_grad(set_to_none=True)
             terms: dict[str, Tensor] = {}
-            for micro in (micro_batch(method, logprobs), micro_batch(method, logprobs)):
+            micro_batches = [micro_batch(method, logprobs), micro_batch(method, logprobs)]
+            if needs_scan(objective, micro_batches):
+                dtype = torch.bfloat16 if bf16 else torch.float32
+                micro_batches = with_factors(objective, micro_batches, World(), DEVICE, dtype, 2 * N, 2 * N)
+            for micro in micro_batches:
                 with torch.autocast(GPU, dtype=torch.bfloat16, enabled=bf16):
-                    losses = objective(micro if on_host else micro.to(DEVICE), 2 * N, 2 * H)
+                    losses = objective(micro if on_host else micro.to(DEVICE), 2 * N, 2 * H, selected=2 * N)
                 losses["loss"].backward()
                 for name, value in losses.items():
                     terms[name] = terms[name] + value.detach() if name in terms else value.detach()
             norm = clip_gradients(student, objective.projectors, training.clip)
             optimizer.step()
-            metrics.add({"step": 1}, terms | {"grad_norm": norm}, 0.0)
+            of_approach = {}
+            if objective.approach is not None:
+                of_approach = objective.approach.logged()
+                objective.approach.end_step(terms, 1, 2)
+            metrics.add({"step": 1}, terms | {"grad_norm": norm} | of_approach, 0.0)
     assert all(p.grad is not None and p.grad.device == DEVICE for p in objective.parameters())
     assert all(value.device == DEVICE for value in (*terms.values(), norm))
     return sorted(terms)
@@ -176,6 +187,14 @@ def test_the_step_with_all_components_never_waits(name: str, bf16: bool) -> None
 )
 def test_the_step_of_other_methods_never_waits(method: dict[str, object]) -> None:
     assert "loss" in on_gpu(lambda: train(Method.model_validate(method), steps=2))
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", APPROACHES)
+def test_the_step_of_published_approaches_never_waits(name: str, bf16: bool) -> None:
+    """Statistics, the pass over the global batch, and the state included."""
+    method = Method.model_validate({"divergence": "forward_kl", "ce": {}, "approach": name, "curriculum": {}})
+    assert {"kd", "ce", "loss"} <= set(on_gpu(lambda: train(method, bf16)))
 
 
 def test_the_step_from_stored_log_probabilities_never_waits() -> None:

@@ -14,6 +14,7 @@ from entkd.config import Method, Training
 from entkd.distill.approach import document_of_tokens, factors_of_batches
 from entkd.distill.distributed import World
 from entkd.distill.objective import MicroBatch, Objective
+from entkd.runtime import to_device
 
 
 def needs_scan(objective: Objective, micro_batches: list[MicroBatch]) -> bool:
@@ -64,7 +65,7 @@ def with_factors(
     factors = factors_of_batches(
         approach,
         [dict(zip(names, part_SN, strict=True)) for part_SN in parts],
-        [document_of_tokens(micro.batch).to(device) for micro in micro_batches],
+        [to_device(document_of_tokens(micro.batch), device) for micro in micro_batches],
         positions,
         selected,
         objective.vocab_size,

@@ -16,6 +16,7 @@ from pydantic import ValidationError, model_validator
 from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
+from entkd.config.words import base_of
 from entkd.names import COMPONENTS
 
 Role = Literal["factorial", "baseline", "control"]
@@ -29,7 +30,8 @@ class Arm(Settings):
     """One arm as written: a merge patch on the method, and what the arm is in the comparison."""
 
     role: Role = "baseline"
-    """`factorial` arms are the design of the three components; a `control` separates an idea from its side effects."""
+    """`factorial` arms are the design of the three components and, where they stand on two divergences, of this base
+    (the first arm's is the one to compare with); a `control` separates an idea from its side effects."""
     pipeline: str = "distill"
     """Which rule trains the arm: `distill`, or a baseline pipeline with a rules file of its own such as `seqkd`."""
     patch: dict[str, Any] = {}
@@ -60,9 +62,14 @@ class ResolvedArm(Settings):
 
     @property
     def components(self) -> dict[str, Any]:
-        """Name, role and which components are on: what decides the arm's cell of the factorial."""
+        """Name, role, which components are on, and on what base: what decides the arm's cell of the factorial."""
         on = {component: getattr(self.method, component) is not None for component in COMPONENTS}
-        return {"name": self.name, "role": self.role} | on
+        return {"name": self.name, "role": self.role, "base": self.base} | on
+
+    @property
+    def base(self) -> str:
+        """The terms that its components stand on, in words."""
+        return base_of(self.method, self.pipeline)
 
     @property
     def trained_method(self) -> dict[str, Any]:

@@ -30,8 +30,8 @@ class Arm(Settings):
     """One arm as written: a merge patch on the method, and what the arm is in the comparison."""
 
     role: Role = "baseline"
-    """`factorial` arms are the design of the three components and, where they stand on two divergences, of this base
-    (the first arm's is the one to compare with); a `control` separates an idea from its side effects."""
+    """`factorial` arms are the design of the three components, and of their divergence where they have two (that of the
+    first arm is the one to compare with); a `control` separates an idea from its side effects."""
     pipeline: str = "distill"
     """Which rule trains the arm: `distill`, or a baseline pipeline with a rules file of its own such as `seqkd`."""
     patch: dict[str, Any] = {}

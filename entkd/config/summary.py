@@ -30,7 +30,7 @@ def summary(experiment: Experiment) -> str:
     ]
     design = experiment.factorial
     if design is not None and design.sign:
-        lines.insert(-1, f"design      half fraction, {design.relation}")
+        lines.insert(-2, f"design      half fraction, {design.relation}")
     header = ("arm", "role", "pipeline", "divergence", "curriculum", "temperature", "features")
     rows = [header]
     for words, arm in zip(settings["arms"], experiment.resolved_arms.values(), strict=True):

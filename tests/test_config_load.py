@@ -115,9 +115,18 @@ BAD = [
     ("suites/demo/include_path", "no", "suites.demo.include_path: no folder `no` (working directory"),
     ("analysis/reference", "kdd", "analysis.reference: unknown name `kdd`; did you mean `kd`? Known: full, kd"),
     (
-        "arms/x",
-        {"role": "factorial", "divergence": "jsd"},
-        "arms.x.role: `factorial` makes it the cell `no component`, which arms.kd already is; give one of them",
+        "arms",
+        {"kd": {"role": "factorial"}}
+        | {n: {"role": "factorial", "curriculum": {"kappa": k}} for n, k in (("a", 1), ("x", 0.5))},
+        "arms.x.role: `factorial` makes it the cell `curriculum`, which arms.a already is; give one of them the role",
+    ),
+    (
+        "arms",
+        {
+            name: {"role": "factorial", "divergence": d}
+            for name, d in (("kd", "forward_kl"), ("j", "jsd"), ("t", "tvd"))
+        },
+        "arms.t.role: `factorial` on `tvd`, beside arms on `forward_kl` and `jsd`; a design has at most two",
     ),
     ("seeds", [-1], "seeds[0]: -1 must be greater than or equal to 0"),
     ("data/seed", -1, "data.seed: -1 must be greater than or equal to 0"),

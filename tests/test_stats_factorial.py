@@ -78,6 +78,56 @@ def test_error_and_tests_equal_regression_on_dummies(n_seeds: int) -> None:
     assert effects["full-kd"].low == pytest.approx(full_minus_kd - stats.t.ppf(0.975, df) * se)
 
 
+@pytest.mark.parametrize("sign", [0, 1, -1])
+@pytest.mark.parametrize("n_seeds", [2, 3])
+def test_two_bases_equal_least_squares_with_seed_blocks(sign: int, n_seeds: int) -> None:
+    """One row per run, columns for seeds and for every effect; a half has no column for what is aliased."""
+    factors = (*COMPONENTS, "reverse_kl")
+    cells = [c for c in itertools.product((-1, 1), repeat=4) if sign in (0, math.prod(c))]
+    names = [f"arm{k}" for k in range(len(cells))]
+    order = np.random.default_rng(9).permutation(len(cells))
+    arms = [
+        {"name": name, "role": "factorial", "base": "reverse_kl" if cell[3] > 0 else "forward_kl"}
+        | {factor: code > 0 for factor, code in zip(COMPONENTS, cell, strict=False)}
+        for name, cell in zip(names, cells, strict=True)
+    ]
+    first = next(k for k in order if cells[k][3] < 0)  # the base of the first arm is off
+    design = factorial_of([arms[first], *(arms[k] for k in order if k != first)])
+    assert design is not None
+    assert design.sign == sign
+
+    sets = [s for k in range(1, 5 if not sign else 3) for s in itertools.combinations(range(4), k)]
+    if sign:
+        sets = [s for s in sets if len(s) == 1 or 0 in s]
+    rng = np.random.default_rng(n_seeds)
+    y = rng.normal(0, 1, (len(cells), n_seeds)) + rng.normal(0, 5, n_seeds)
+    x = np.array([[math.prod(cell[f] for f in s) for s in sets] for cell in cells], dtype=float)
+    matrix = np.hstack([np.repeat(x, n_seeds, axis=0), np.tile(np.eye(n_seeds), (len(cells), 1))])
+    beta, residual, rank, _ = np.linalg.lstsq(matrix, y.ravel(), rcond=None)
+    df = y.size - int(rank)
+    assert df == {16: 15, 8: 7}[len(cells)] * (n_seeds - 1)
+    error = float(residual[0]) / df
+    covariance = error * np.linalg.inv(matrix.T @ matrix)
+
+    by_arm = dict(zip(names, y, strict=True))
+    effects = {e.effect: e for e in factorial_effects(design, np.array([by_arm[arm] for arm in design.arms]))}
+    assert len(effects) == len(sets) + (sign == 0)
+    for k, chosen in enumerate(sets):
+        name = ":".join(factors[f] for f in chosen)
+        (found,) = [effect for key, effect in effects.items() if key.split(" = ")[0] == name]
+        estimate, se = 2 * beta[k], 2 * math.sqrt(covariance[k, k])
+        assert found.df == df
+        assert found.estimate == pytest.approx(estimate)
+        assert found.p == pytest.approx(2 * stats.t.sf(abs(estimate) / se, df))
+        assert found.low == pytest.approx(estimate - stats.t.ppf(0.975, df) * se)
+    if not sign:
+        found = effects[design.full_minus_base]
+        assert found.estimate == pytest.approx(
+            y[cells.index((1, 1, 1, -1))].mean() - y[cells.index((-1, -1, -1, -1))].mean()
+        )
+        assert found.p == pytest.approx(2 * stats.t.sf(abs(found.estimate) / math.sqrt(2 * error / n_seeds), df))
+
+
 def test_three_seeds_give_fourteen_degrees_of_freedom() -> None:
     assert by_name(np.random.default_rng(0).normal(0, 1, (8, 3)))["full-kd"].df == 14
 

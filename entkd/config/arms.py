@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 
 from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
+from entkd.config.words import base_of
 from entkd.names import COMPONENTS
 from entkd.settings import Settings
 
@@ -29,7 +30,8 @@ class Arm(Settings):
     """One arm as written: a merge patch on the method, and what the arm is in the comparison."""
 
     role: Role = "baseline"
-    """`factorial` arms are the design of the three components; a `control` separates an idea from its side effects."""
+    """`factorial` arms are the design of the three components, and of their divergence where they have two (that of the
+    first arm is the one to compare with); a `control` separates an idea from its side effects."""
     pipeline: str = "distill"
     """Which rule trains the arm: `distill`, or a baseline pipeline with a rules file of its own such as `seqkd`."""
     patch: dict[str, Any] = {}
@@ -60,9 +62,14 @@ class ResolvedArm(Settings):
 
     @property
     def components(self) -> dict[str, Any]:
-        """Name, role and which components are on: what decides the arm's cell of the factorial."""
+        """Name, role, which components are on, and on what base: what decides the arm's cell of the factorial."""
         on = {component: getattr(self.method, component) is not None for component in COMPONENTS}
-        return {"name": self.name, "role": self.role} | on
+        return {"name": self.name, "role": self.role, "base": self.base} | on
+
+    @property
+    def base(self) -> str:
+        """The terms that its components stand on, in words."""
+        return base_of(self.method, self.pipeline)
 
     @property
     def trained_method(self) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class Experiment(Settings):
                 problems.append(f"suites.{name}.tasks: {twice[0]} with metric {twice[1]} is there twice; remove one")
         try:
             lacking([arm.components for arm in resolved.values()])
-        except UserError as error:  # two arms in one cell
+        except UserError as error:  # two arms in one cell, more than two bases
             problems.append(str(error))
         if problems:
             raise ProblemsError(problems)
@@ -115,7 +115,7 @@ class Experiment(Settings):
 
     @property
     def factorial(self) -> Factorial | None:
-        """The complete design that the factorial arms make up; None where they make up none."""
+        """The design that the factorial arms make up, complete or a half fraction; None where they make up none."""
         return factorial_of([arm.components for arm in self.resolved_arms.values()])
 
     @property

@@ -13,6 +13,7 @@ from entkd.config.experiment import Experiment
 from entkd.config.method import Curriculum, Features, Temperature
 from entkd.config.scoring import ReportedSuite, Suite, Task
 from entkd.config.stages import SyntheticData
+from entkd.config.words import changed as _changed
 from entkd.names import FIDELITY
 from entkd.settings import Settings
 
@@ -57,8 +58,14 @@ def suite_settings(suite: ReportedSuite) -> dict[str, Any]:
 
 
 def analysis_settings(experiment: Experiment) -> dict[str, Any]:
-    """For table and figures: arms in words, tasks with their directions, the primary family."""
-    arms = [_arm_in_words(arm) for arm in experiment.resolved_arms.values()]
+    """For table and figures: arms in words, tasks with their directions, the primary family.
+
+    Arms have their ``base`` where the factorial arms stand on more than one, and it is a factor.
+    """
+    resolved = experiment.resolved_arms.values()
+    arms = [_arm_in_words(arm) for arm in resolved]
+    if len({arm.base for arm in resolved if arm.role == "factorial"}) > 1:
+        arms = [words | {"base": arm.base} for words, arm in zip(arms, resolved, strict=True)]
     tasks = []
     for name, suite in experiment.suites.items():
         for task in suite.tasks:
@@ -96,13 +103,6 @@ def _arm_in_words(arm: ResolvedArm) -> dict[str, str]:
         "features": _features(method.features),
         "divergence": _terms(arm),
     }
-
-
-def _changed(settings: Settings, *but: str) -> str:
-    """`` key=value`` of every setting that is not at its default, except those named."""
-    defaults = {name: field.default for name, field in type(settings).model_fields.items()}
-    given = settings.model_dump(mode="json")
-    return "".join(f" {key}={given[key]}" for key in given if key not in but and given[key] != defaults[key])
 
 
 def _curriculum(curriculum: Curriculum | None) -> str:

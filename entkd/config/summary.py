@@ -28,6 +28,9 @@ def summary(experiment: Experiment) -> str:
         f"{(students + 2) * suites} scorings",
         "",
     ]
+    design = experiment.factorial
+    if design is not None and design.sign:
+        lines.insert(-2, f"design      half fraction, {design.relation}")
     header = ("arm", "role", "pipeline", "divergence", "curriculum", "temperature", "features")
     rows = [header]
     for words, arm in zip(settings["arms"], experiment.resolved_arms.values(), strict=True):

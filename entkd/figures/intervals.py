@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,12 +65,13 @@ def draw_forest(study: Study) -> Figure:
 
 
 def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
-    """Main effects and interactions of the three components, per task, with their 95 % intervals."""
+    """Main effects and interactions of the factors, per task, with their 95 % intervals."""
     families = frame.drop_duplicates("effect").set_index("effect")["family"]
+    factors = {name for effect in families.index if ":" in effect for name in _factors(effect)}
     rows = [
         Row(
             name,
-            _effect_label(name),
+            _effect_label(name, factors),
             family,
             BLUE if family == "primary" else GREY,
             "o" if family == "primary" else "s",
@@ -88,10 +89,22 @@ def draw_effects(study: Study, frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _effect_label(name: str) -> str:
-    """`a:b` is an interaction, `a-b` a difference of two arms."""
-    order = name.count(":") + 1
-    return f"{order}-way interaction" if order > 2 else name.replace(":", " × ").replace("-", " − ")
+def _effect_label(name: str, factors: Collection[str]) -> str:
+    """`a:b` is an interaction, `a:b = -c:d` an aliased pair (on two lines), `a-b` a difference of two arms.
+
+    The name of a larger interaction is too long for a label: it is told by the factors that are not in it.
+    """
+    if " = " in name:
+        return name.replace(" = -", "\n= −").replace(" = ", "\n= ").replace(":", " × ")
+    own = _factors(name)
+    if len(own) > 2:
+        others = sorted(set(factors) - set(own))
+        return f"{len(own)}-way interaction" + (f" without {' and '.join(others)}" if others else "")
+    return name.replace(":", " × ") if len(own) > 1 else name.replace("-", " − ")
+
+
+def _factors(interaction: str) -> list[str]:
+    return interaction.split(" = ")[0].split(":")
 
 
 def _first_of_each_role(arms: Sequence[Arm]) -> list[Arm]:

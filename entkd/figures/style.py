@@ -161,13 +161,14 @@ def task_panels(
 ) -> tuple[Figure, list[tuple[Axes, Task]]]:
     """A figure with one panel per task and shared rows, the first row on top.
 
-    A band of panels is as high as its rows, the longest title and the longest axis label, which is made from ``label``;
-    ``margin`` inches are for what belongs to the whole figure.
+    A band of panels is as high as its rows (all as high as the label with the most lines), the longest title and the
+    longest axis label, which is made from ``label``; ``margin`` inches are for what belongs to the whole figure.
     """
     bands, columns = grid_of(len(tasks))
     width = min(TEXT_WIDTH, COLUMN_WIDTH + 1.6 * (columns - 1))
     lines = sum(max(text.count("\n") + 1 for text in texts) for texts in _texts(tasks, label))
-    height = 0.17 * len(rows) + 0.35 + LINE_HEIGHT * lines
+    row_lines = max((row.count("\n") + 1 for row in rows), default=1)
+    height = (0.17 + LINE_HEIGHT * (row_lines - 1)) * len(rows) + 0.35 + LINE_HEIGHT * lines
     figure = Figure(figsize=(width, bands * height + margin), layout="constrained")
     axes = figure.subplots(bands, columns, sharey=True, squeeze=False)
     for ax in axes.flat[len(tasks) :]:

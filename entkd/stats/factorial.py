@@ -1,4 +1,4 @@
-"""The factorial of the components, analysed in blocks of one seed: 2³ cells where all three are varied.
+"""The factorial of the components, analysed in blocks of one seed: 2³ cells where all three are varied on one base.
 
 Shape suffixes: C cells in the order of ``Factorial.cells``, S seeds.
 """
@@ -30,7 +30,7 @@ class Effect:
     p: float
     """Two-sided p-value; NaN with one seed."""
     df: int
-    """Degrees of freedom of the pooled error, (cells − 1)(n_seeds − 1): 14 for 2³ and 3 seeds."""
+    """Degrees of freedom of the pooled error, (cells − 1)(n_seeds − 1): with 3 seeds 14 for 8 cells, 30 for 16."""
     variance: float
     """Variance that one seed contributes: the pooled error times the sum of the squared coefficients."""
     n_seeds: int
@@ -42,7 +42,8 @@ def factorial_effects(design: Factorial, values_CS: NDArray[np.float64]) -> list
 
     The model is cell + seed + error: what a seed shares among the cells drops out, and the error pools the
     (n_C − 1)(n_S − 1) degrees of freedom that are left, where a single pair of arms has n_S − 1. It is an analysis of
-    whole runs: it generalises over seeds, on the items that were scored.
+    whole runs: it generalises over seeds, on the items that were scored. It holds for a half fraction as it is: every
+    cell has a mean of its own, so what is aliased changes the meaning of an estimate and never its error.
 
     Parameters
     ----------

@@ -1,8 +1,9 @@
 """From p-values to claims.
 
-Two families, declared before any run: the primary one is the four contrasts of the factorial (three main effects and
-full − kd), corrected by Holm over these four on each task; everything else is exploratory, corrected by Holm over all
-tests of its table.
+Two families, declared before any run: the primary one is the contrasts of the factorial that ``Factorial.primary``
+names (the main effects of the three components and full − kd; with two bases the main effects are over both, and full −
+kd is on the first), corrected by Holm over these on each task; everything else is exploratory, corrected by Holm over
+all tests of its table.
 """
 
 from __future__ import annotations

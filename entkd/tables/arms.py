@@ -131,10 +131,10 @@ def _add_claims(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataF
 def _declared(settings: dict[str, Any], effects: pd.DataFrame) -> dict[tuple[str, str, str], pd.Series[Any]]:
     """(arm, task, metric) → effect, for the arm whose comparison with the reference is a primary contrast."""
     design = factorial_of(settings["arms"])
-    if design is None or design.arms[0] != settings["analysis"]["reference"]:
+    if design is None or design.ends is None or design.ends[1] != settings["analysis"]["reference"]:
         return {}
     rows = effects[(effects["effect"] == design.full_minus_base) & (effects["family"] == PRIMARY)]
-    return {(design.arms[-1], row["task"], row["metric"]): row for _, row in rows.iterrows()}
+    return {(design.ends[0], row["task"], row["metric"]): row for _, row in rows.iterrows()}
 
 
 def _pooled_variance(differences: pd.Series[Any]) -> float:

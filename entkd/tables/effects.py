@@ -1,4 +1,4 @@
-"""``effects.csv``: main effects and interactions of the components, the primary family of claims."""
+"""``effects.csv``: main effects and interactions of the factors, the primary family of claims."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PRIMARY, EXPLORATORY = "primary", "exploratory"
 
 
 def effect_table(settings: dict[str, Any], measured: list[Measured]) -> pd.DataFrame:
-    """One row per task and effect; no rows where the experiment has no complete factorial.
+    """One row per task and effect; no rows where the factorial arms make up no design.
 
     The effects that the settings declare as ``primary`` are corrected by Holm on each task by itself; the others by
     Holm over all of them in the table. ``mdd`` and ``seeds_needed`` are at the strictest level that Holm may ask for,

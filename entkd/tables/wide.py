@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from entkd.names import COMPONENTS, GAP_CLOSED
-from entkd.stats import LEVEL, factorial_of
+from entkd.stats import LEVEL, Factorial, factorial_of
 from entkd.tables.arms import COSTS
+from entkd.tables.design_notes import design_notes, effect_words
 from entkd.tables.effects import EXPLORATORY, PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS
 
@@ -42,9 +43,12 @@ def wide_tables(
         _arm_cells(table),
         _arm_notes(settings, table) + _ledger(runs),
     )
-    if effects.empty:
+    design = factorial_of(settings["arms"])
+    if design is None or effects.empty:
         return [arms]
-    return [arms, Wide("Effects of the components", _effect_cells(settings, table, effects), _effect_notes(settings))]
+    notes = _effect_notes(settings) + design_notes(design)
+    title = f"Effects of the components{' and their base' if design.bases else ''}"
+    return [arms, Wide(title, _effect_cells(design, table, effects), notes)]
 
 
 def _arm_cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,15 +81,12 @@ def _costs(row: pd.Series[Any]) -> dict[tuple[str, str], str]:
     return {("", names[cost]): "" if pd.isna(row[cost]) else shown[cost] for cost in COSTS}
 
 
-def _effect_cells(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
-    design, decimals = factorial_of(settings["arms"]), _digits(table)
+def _effect_cells(design: Factorial, table: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
+    decimals = _digits(table)
     directions = table.set_index(["task", "metric"])["direction"].to_dict()
     rows = []
     for effect, own in effects.groupby("effect", sort=False):
-        name = str(effect).replace(":", " × ")
-        if design and effect == design.full_minus_base:
-            name = f"{design.arms[-1]} − {design.arms[0]}"
-        row = {("", "effect"): name, ("", "family"): own["family"].iloc[0]}
+        row = {("", "effect"): effect_words(design, str(effect)), ("", "family"): own["family"].iloc[0]}
         for _, line in own.iterrows():
             line["direction"] = directions[line["task"], line["metric"]]
             digits = decimals[line["task"], line["metric"]]
@@ -172,8 +173,9 @@ def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]
     if counts == [1]:
         notes.append("With one seed no claim about the method is possible: intervals are over items alone.")
     but = ""
-    if design and design.arms[0] == analysis["reference"] and design.full_minus_base in settings["primary"]:
-        but = f", except {design.arms[-1]} − {design.arms[0]}, which is a declared contrast (next table)"
+    ends = design.ends if design and design.full_minus_base in settings["primary"] else None
+    if ends and ends[1] == analysis["reference"]:
+        but = f", except {' − '.join(ends)}, which is a declared contrast (next table)"
     notes.append(f"All comparisons here are exploratory and corrected together, over arms and tasks{but}.")
     if table.apply(_only_these_items, axis=1).any():
         notes.append(

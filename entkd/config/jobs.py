@@ -15,7 +15,6 @@ from entkd.config.scoring import ReportedSuite, Suite, Task
 from entkd.config.stages import SyntheticData
 from entkd.config.words import changed as _changed
 from entkd.names import FIDELITY
-from entkd.settings import Settings
 
 FIDELITY_METRICS = (("kl", "lower"), ("top1_agreement", "higher"))
 """Metrics that scoring adds where `fidelity` is on, and which way is better."""

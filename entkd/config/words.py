@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from entkd.config.base import Settings
 from entkd.config.method import Method
 from entkd.names import COMPONENTS
+from entkd.settings import Settings
 
 
 def changed(settings: Settings, *but: str) -> str:

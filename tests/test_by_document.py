@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny_llama
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +24,6 @@ from transformers import (
 from entkd.data.corpus import Corpus
 from entkd.data.packing import Batch, collate
 from entkd.models import by_document, packed_states, trunk, trunk_forward
-from tests.tiny_models import tiny_llama
 
 V = 300
 SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.4}

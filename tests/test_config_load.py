@@ -66,7 +66,11 @@ BAD = [
         "arms.full.curriculum: unknown key `kapa`; did you mean `kappa`? Known:",
     ),
     ("arms/full/temperature", {"base": -1}, "arms.full.temperature.base: -1 must be greater than 0"),
-    ("arms/x", {"curiculum": {}}, "arms.x: unknown key `curiculum`; did you mean `curriculum`? Known: ce, curriculum,"),
+    (
+        "arms/x",
+        {"curiculum": {}},
+        "arms.x: unknown key `curiculum`; did you mean `curriculum`? Known: approach, ce, curriculum,",
+    ),
     ("arms/x", {"curriculum": None}, "arms.x.curriculum: null removes `curriculum`, but the method has none"),
     ("arms/x", {"role": "control"}, "arms.x: the same experiment as arms.kd; remove one of them"),
     ("arms/x", {"divergence": None}, "arms.x: a method needs a divergence, or ce, or both"),

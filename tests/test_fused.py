@@ -14,6 +14,7 @@ import entkd.fused
 import entkd.kernels
 import entkd.products
 import entkd.tiles
+import entkd.token_loss
 from entkd.config import DIVERGENCE_NAMES
 from entkd.divergences import DIVERGENCES
 from entkd.fused import linear_cross_entropy, linear_distillation, linear_divergence, linear_statistics
@@ -116,7 +117,7 @@ def test_no_tensor_spans_all_tokens_and_the_vocabulary(monkeypatch):
         seen.append(student.shape)
         return entkd.kernels.value_and_gradient(student, teacher, temperature, name, settings)
 
-    monkeypatch.setattr(entkd.fused, "value_and_gradient", spy)
+    monkeypatch.setattr(entkd.token_loss, "value_and_gradient", spy)
     run(problem(), divergence="todi")
     assert sum(shape[0] for shape in seen) == N
     assert max(shape[0] for shape in seen) <= 4

@@ -71,7 +71,7 @@ def test_extreme_logits_give_finite_gradients(name):
 
 
 def test_every_divergence_here_has_a_closed_form():
-    assert set(TERMS) == set(DIVERGENCES)
+    assert set(TERMS) == {*DIVERGENCES, "bdkd"}
 
 
 def test_one_without_a_closed_form_is_differentiated(monkeypatch):

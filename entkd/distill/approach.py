@@ -22,7 +22,7 @@ class ApproachState(nn.Module):
         super().__init__()
         self.settings = settings
         for name, value in settings.state().items():
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+            self.register_buffer(name, torch.full((), value, dtype=torch.float64))
 
     @property
     def values(self) -> dict[str, Tensor]:

@@ -214,13 +214,13 @@ class Objective(nn.Module):
         weight_VD = output_weight(self.student).detach()
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
             hidden_ND, weight_VD = hidden_ND.bfloat16(), cast(weight_VD, torch.bfloat16, "weight of products")
-        sparse = isinstance(teacher, SparseTarget)
+        dense = None if isinstance(teacher, SparseTarget) else teacher
         with torch.autocast(device, enabled=False):
             return linear_statistics(
                 hidden_ND.detach(),
                 weight_VD,
-                None if sparse else teacher,
-                None if sparse else self.teacher_head_UE,
+                dense,
+                None if dense is None else self.teacher_head_UE,
                 wants=settings.statistics,
                 entropy_temperature=settings.entropy_temperature,
                 vocab_size=self.vocab_size,

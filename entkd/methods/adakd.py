@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from entkd.methods.base import Approach, Factors, Problem, Tokens
 from entkd.settings import Settings
@@ -63,18 +63,24 @@ class AdaKD(Approach):
 
     name: Literal["adakd"] = "adakd"
     """Which approach."""
-    focusing: Focusing | None = Focusing()
-    """LATF; null keeps all tokens."""
-    tempering: Tempering | None = Tempering()
-    """IDTS; null leaves the temperature alone."""
+    parts: Literal["both", "focusing", "tempering"] = "both"
+    """LATF and IDTS, or one of them alone."""
+    focusing: Focusing = Focusing()
+    """LATF."""
+    tempering: Tempering = Tempering()
+    """IDTS."""
     version: Literal[1] = 1
     """Version of the formula."""
 
-    @model_validator(mode="after")
-    def _does_something(self) -> AdaKD:
-        if self.focusing is None and self.tempering is None:
-            raise ValueError("focusing and tempering are both null, which is plain distillation; keep one of them")
-        return self
+    @property
+    def focuses(self) -> bool:
+        """Whether LATF is on."""
+        return self.parts != "tempering"
+
+    @property
+    def tempers(self) -> bool:
+        """Whether IDTS is on."""
+        return self.parts != "focusing"
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -85,35 +91,35 @@ class AdaKD(Approach):
         return "batch"
 
     def problems(self, method: Method) -> Iterator[Problem]:
-        if self.tempering is not None and method.temperature is not None:
+        if self.tempers and method.temperature is not None:
             yield "temperature", "adakd's tempering sets each token's temperature itself; remove one of the two"
 
     def state(self) -> dict[str, float]:
-        return {"share": 1.0, "average": 0.0, "reference": 0.0} if self.focusing is not None else {}
+        return {"share": 1.0, "average": 0.0, "reference": 0.0} if self.focuses else {}
 
     def factors(self, tokens: Tokens, state: dict[str, Tensor]) -> Factors:
         distance_N = tokens.statistics["hellinger"]
         count = len(distance_N)
         if not count:
             return Factors()
-        # In units of 1e-9, or 0.3 · 10 would keep 2 tokens where 3 are meant.
-        kept = count if self.focusing is None else (state["share"] * count + 1e-9).floor().clamp(1, count)
         order_N = distance_N.argsort(descending=True, stable=True)
-        rank_N = order_N.argsort()
         weight_N = temperature_N = None
-        if self.focusing is not None:
-            weight_N = (rank_N < kept).to(distance_N.dtype) * (count / kept).to(distance_N.dtype)
-        if self.tempering is not None:
+        middle_1 = order_N.new_full((1,), count // 2)
+        if self.focuses:
+            # A little more, or 0.3 · 10 could keep 2 tokens where 3 are meant.
+            kept = (state["share"] * count + 1e-9).floor().clamp(1, count)
+            weight_N = (order_N.argsort() < kept).to(distance_N.dtype) * (count / kept).to(distance_N.dtype)
+            middle_1 = (kept / 2).floor().long().view(1)
+        if self.tempers:
             # Entry k // 2 from the largest down is the lower of two middle ones, the release's median.
-            middle = kept // 2 if isinstance(kept, int) else (kept / 2).floor().long()
-            median = distance_N[order_N[middle]]
+            median = distance_N[order_N].index_select(0, middle_1)
             tiny = 1e-8  # equal distributions have distance 0; where the median is 0, too, they have τ = 1
             relative_N = distance_N.clamp_min(tiny) / median.clamp_min(tiny)
             temperature_N = (-self.tempering.c * relative_N.log().tanh()).exp()
         return Factors(weight_N, temperature_N)
 
     def end_step(self, state: dict[str, Tensor], terms: Mapping[str, Tensor], step: int, steps: int) -> None:
-        if self.focusing is None:
+        if not self.focuses:
             return
         settings, share, average, reference = self.focusing, state["share"], state["average"], state["reference"]
         loss = terms["kd"].to(average.dtype)

@@ -55,14 +55,16 @@ class SEKD(Approach):
         return sum(max(1, math.ceil(self.share * length - _SLACK)) for length in lengths if length)
 
     def factors(self, tokens: Tokens, state: dict[str, Tensor]) -> Factors:
+        import torch  # settings are read where there is none
+
         (entropy_N,) = tokens.statistics.values()
         document_N = tokens.document_N
         # By document, and within it from the highest entropy down; both sorts keep the order of equals.
         order_N = entropy_N.argsort(descending=True, stable=True)
         order_N = order_N[document_N[order_N].argsort(stable=True)]
         place_N = order_N.argsort()
-        first_N = document_N.sort().values.searchsorted(document_N)
-        length_N = document_N.sort().values.searchsorted(document_N, right=True) - first_N
+        first_N = torch.searchsorted(document_N, document_N)
+        length_N = torch.searchsorted(document_N, document_N, right=True) - first_N
         kept_N = (self.share * length_N.double() - _SLACK).ceil().clamp_min(1.0)
         weight_N = (place_N - first_N < kept_N).double() * tokens.positions / max(1, tokens.selected)
         if self.variant == "paper":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_objective import PAD, build
 
 from entkd.config import Method, Training
 from entkd.data import Corpus
@@ -18,13 +19,12 @@ from entkd.distill.approach import response_lengths
 from entkd.distill.distributed import World
 from entkd.distill.scan import needs_scan, with_factors
 from entkd.methods import APPROACHES
-from tests.distill.test_objective import PAD, build
 
 TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
 VARIANTS = {
     "adakd": {"name": "adakd", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
-    "adakd_latf": {"name": "adakd", "tempering": None, "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
-    "adakd_idts": {"name": "adakd", "focusing": None},
+    "adakd_latf": {"name": "adakd", "parts": "focusing", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
+    "adakd_idts": {"name": "adakd", "parts": "tempering"},
     "sekd": {"name": "sekd"},
     "sekd_teacher": {"name": "sekd", "by": "teacher", "variant": "paper"},
     "eakd": {"name": "eakd"},
@@ -128,7 +128,7 @@ def test_it_resumes_bit_for_bit(tiny, whole, tmp_path: Path, monkeypatch: pytest
 def test_micro_batches_change_nothing(tiny, variant: str) -> None:
     """Limit 11: statistics are those of the global batch."""
     method = method_of(variant, ce={"weight": 0.3}, curriculum={})
-    state = {"share": 0.37} if "focusing" in VARIANTS[variant] and VARIANTS[variant]["focusing"] else {}
+    state = {"share": 0.37} if "focusing" in VARIANTS[variant] else {}
     one = loss_and_gradient(tiny, method, [[[5, 0], [17, 3], [9, 30]]], state)
     three = loss_and_gradient(tiny, method, [[[5, 0]], [[17, 3]], [[9, 30]]], state)
     assert one[0] == pytest.approx(three[0], rel=2e-5)

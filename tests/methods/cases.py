@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from references import methods as ref
 from torch import nn
 
 from entkd.config import Method
@@ -18,7 +19,6 @@ from entkd.data.packing import Batch
 from entkd.distill import objective as module
 from entkd.distill.approach import response_lengths
 from entkd.distill.objective import MicroBatch, Objective
-from tests.references import methods as ref
 
 LENGTHS, V = (7, 12, 5), 11
 
@@ -106,13 +106,13 @@ CASES = {
         "reverse_kl",
     ),
     "adakd_latf": Case(
-        {"name": "adakd", "tempering": None},
+        {"name": "adakd", "parts": "focusing"},
         "AdaKD eq. 4-5, release",
         lambda s, t, f: ref.adakd_loss(s, t, 0.3, "forward_kl", c=0.0, frozen=f),
         {"share": 0.3},
     ),
     "adakd_idts": Case(
-        {"name": "adakd", "focusing": None},
+        {"name": "adakd", "parts": "tempering"},
         "AdaKD eq. 9-10",
         lambda s, t, f: ref.adakd_loss(s, t, 1.0, "forward_kl", frozen=f),
     ),

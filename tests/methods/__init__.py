@@ -1,0 +1,1 @@
+"""Published approaches, each against its reference."""

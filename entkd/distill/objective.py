@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from entkd.config import Method
+from entkd.config import Features, Method
+from entkd.config.folders import layer_pairs_problem
 from entkd.data.packing import Batch
+from entkd.errors import UserError
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.models import layer_points, output_weight, trunk_forward
@@ -66,6 +68,16 @@ class MicroBatch:
         )
 
 
+def student_layers(settings: Features, n_layers: int) -> tuple[int, ...]:
+    """0-based student layer of each layer pair; raises UserError where the student has no such layer."""
+    if settings.layers is None:
+        return layer_points(n_layers, settings.points)
+    problem = layer_pairs_problem(settings.layers, n_layers, None)
+    if problem:
+        raise UserError(f"method.features.layers: {problem}")
+    return tuple(ours for ours, _ in settings.layers)
+
+
 class Objective(nn.Module):
     """The student, the projectors and the total loss of one method.
 
@@ -104,7 +116,7 @@ class Objective(nn.Module):
         self.projectors: Projectors | None = None
         if method.features is not None:
             config = student.config
-            self.student_layers = layer_points(config.num_hidden_layers, method.features.points)
+            self.student_layers = student_layers(method.features, config.num_hidden_layers)
             self.projectors = Projectors(
                 config.hidden_size, teacher_width, len(self.student_layers), method.features.projector, generator
             )

@@ -72,7 +72,8 @@ def fake(lengths: list[int], seed: int = 0, vocab_size: int = 50) -> tuple[Simpl
     entropy_R = torch.from_numpy(generator.gamma(1.0, 1.0, sum(lengths))).float()
     # F of the teacher's entropy is fitted on a part of the tokens
     fitted = entropy_R[: max(1, len(entropy_R) // 2)]
-    split = SimpleNamespace(entropy_R=entropy_R, target_logprob_R=-torch.rand(sum(lengths)).double().exp().float())
+    target_logprob_R = -torch.from_numpy(generator.exponential(1.0, sum(lengths))).float()
+    split = SimpleNamespace(entropy_R=entropy_R, target_logprob_R=target_logprob_R)
     store = SimpleNamespace(
         vocab_size=vocab_size,
         split=lambda name: {"train": split}[name],

@@ -1,6 +1,6 @@
 """What the untrained student says of every training token, in one pass before the first step.
 
-Shapes: B blocks, L tokens of a block, N response tokens of a batch, R of the split, D student width.
+Shapes: N response tokens of a batch, R of the split, D student width, E teacher width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from entkd.config import Training
 from entkd.data import Corpus
 from entkd.data.packing import collate, pack
 from entkd.distill.distributed import World
-from entkd.models import output_weight, trunk_forward
+from entkd.models import output_weight, packed_states
 from entkd.progress import Progress
 from entkd.runtime import to_device
 from entkd.signals import SignalStore
@@ -64,8 +64,7 @@ def untrained_statistics(
             host = collate(corpus, batch_blocks, training.block, pad_id)
             batch = host.to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                hidden_BLD, _ = trunk_forward(student, batch.input_ids_BL, batch.position_ids_BL)
-            hidden_ND = hidden_BLD.flatten(0, 1)[batch.positions_N]
+                hidden_ND, _ = packed_states(student, batch)
             # The teacher's side of a tile at a time: stored log-probabilities are as large as logits.
             for tile in slices(len(hidden_ND), tile_rows(store.vocab_size, device)):
                 teacher_N = None

@@ -59,7 +59,7 @@ def untrained_statistics(
     blocks = pack(corpus.lengths, training.block, np.arange(len(corpus)))
     batches = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
     own = batches[world.rank :: world.size]
-    with Progress(f"difficulty by {source}", len(own), "batch", visible=world.leads) as progress:
+    with Progress(f"difficulty by {source}", sum(map(len, own)), "block", visible=world.leads) as progress:
         for batch_blocks in own:
             host = collate(corpus, batch_blocks, training.block, pad_id)
             batch = host.to(device)
@@ -76,7 +76,7 @@ def untrained_statistics(
                     hidden_ND[tile], output_weight(student), teacher_N, head_UE, vocab_size=store.vocab_size
                 )
                 value_R[batch.tokens_N[tile]] = found["entropy" if split is None else "divergence"].float()
-            progress.advance()
+            progress.advance(len(batch_blocks))
     student.train(was_training)
     # Every token is some process's: all others add 0.
     return world.sum({source: value_R})[source].cpu()

@@ -71,7 +71,7 @@ def token_plan(
             weight_N = torch.ones_like(difficulty_N) if weight_N is None else weight_N
             weight_N = weight_N / weight_scale_mean if weight_scale_mean > 0 else torch.zeros_like(weight_N)
         if method.features is not None:
-            features_N = select_tokens(difficulty_N, method.features, tokens_N, seed)
+            features_N = select_tokens(difficulty_N, method.features, tokens_N, seed, progress)
     return TokenPlan(
         weight_N,
         temperature_N,

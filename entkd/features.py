@@ -20,11 +20,24 @@ from entkd.config import Features
 from entkd.errors import UserError
 
 
-def select_tokens(difficulty_N: Tensor, settings: Features, tokens_N: Tensor | None = None, seed: int = 0) -> Tensor:
+def threshold(settings: Features, progress: float) -> float:
+    """θ(u) = θ + (θ_end - θ) u, or θ where no end is given."""
+    if settings.threshold_end is None:
+        return settings.threshold
+    return settings.threshold + (settings.threshold_end - settings.threshold) * progress
+
+
+def select_tokens(
+    difficulty_N: Tensor,
+    settings: Features,
+    tokens_N: Tensor | None = None,
+    seed: int = 0,
+    progress: float = 0.0,
+) -> Tensor:
     """Which tokens get the feature loss.
 
     ``hard``: d > θ. ``easy``: d < 1 - θ. ``all``: every token. ``random``: the share 1 - θ, by a hash of token and
-    seed, so that a token's fate depends on neither batch nor order.
+    seed, so that a token's fate depends on neither batch nor order. θ is that of the progress.
 
     Parameters
     ----------
@@ -36,21 +49,24 @@ def select_tokens(difficulty_N: Tensor, settings: Features, tokens_N: Tensor | N
         (N,) global response-token index; only ``random`` needs it.
     seed
         Seed of ``random``.
+    progress
+        u in [0, 1].
 
     Returns
     -------
     Tensor
         (N,) bool.
     """
+    limit = threshold(settings, progress)
     if settings.tokens == "hard":
-        return difficulty_N > settings.threshold
+        return difficulty_N > limit
     if settings.tokens == "easy":
-        return difficulty_N < 1 - settings.threshold
+        return difficulty_N < 1 - limit
     if settings.tokens == "all":
         return torch.ones_like(difficulty_N, dtype=torch.bool)
     if tokens_N is None:
         raise ValueError("features.tokens: random draws by token; pass tokens_N")
-    return _uniform(tokens_N, seed).to(difficulty_N.device) < 1 - settings.threshold
+    return _uniform(tokens_N, seed).to(difficulty_N.device) < 1 - limit
 
 
 def _uniform(tokens_N: Tensor, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 
 class Settings(BaseModel):
@@ -28,3 +28,19 @@ class Settings(BaseModel):
                 if isinstance(value, bool) and field is not None and field.annotation is not bool:
                     raise ValueError(f"{key}: {str(value).lower()} is allowed only where true or false is asked for")
         return values
+
+
+class Sparing(Settings):
+    """Settings that write only the keys they use.
+
+    What was made by settings of before a key existed has then still the same settings, and is not made again.
+    """
+
+    def left_out(self) -> set[str]:
+        """Keys that are not written."""
+        raise NotImplementedError
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        return {key: value for key, value in written.items() if key not in self.left_out()}

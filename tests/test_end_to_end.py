@@ -89,8 +89,14 @@ def test_second_call_does_nothing_and_a_new_arm_trains_only_itself(finished: Pat
     path = finished / "config/config.yaml"
     experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
     experiment["arms"]["jsd"] = {"divergence": {"name": "jsd", "beta": 0.3}}
+    # a control that asks the untrained student, from which each of its runs starts
+    experiment["arms"]["initial_kl"] = {
+        "role": "control", "curriculum": {}, "temperature": {}, "difficulty": {"source": "initial_kl"}
+    }  # fmt: skip
     path.write_text(yaml.safe_dump(experiment, sort_keys=False), encoding="utf-8")
     printed = run(finished)
-    assert printed.count("rule distill:") == printed.count("rule score:") == 2  # one for each seed
+    assert printed.count("rule distill:") == printed.count("rule score:") == 4  # two arms, two seeds
     table = pd.read_csv(finished / "results/tiny/ablation_table.csv")
-    assert "jsd" in set(table["arm"])
+    assert {"jsd", "initial_kl"} < set(table["arm"])
+    log = (finished / "results/tiny/logs/distill.initial_kl.seed0.log").read_text(encoding="utf-8")
+    assert "difficulty by initial_kl" in log

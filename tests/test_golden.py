@@ -14,8 +14,9 @@ import torch
 
 from entkd.config import CrossEntropy, Curriculum, Difficulty, Features, Temperature
 from entkd.curriculum import raw_weights
+from entkd.difficulty import unigram_surprise
 from entkd.entropy import Difficulty as FittedDifficulty
-from entkd.features import feature_loss
+from entkd.features import feature_loss, threshold
 from entkd.fused import linear_cross_entropy
 from entkd.temperature import loss_scale, token_temperature
 
@@ -53,11 +54,16 @@ GOLDEN: dict[tuple[type, int], list[tuple[Callable[[], float], float]]] = {
         (lambda: _scaled_temperature("linear"), math.exp(0.4)),
         (lambda: _scaled_temperature("off"), 1.0),
     ],
-    (Features, 1): [(lambda: _features("cosine"), 1 - 24 / 25), (lambda: _features("mse"), 1.0)],
+    (Features, 1): [
+        (lambda: _features("cosine"), 1 - 24 / 25),
+        (lambda: _features("mse"), 1.0),
+        (lambda: threshold(Features(threshold_end=0.4), 0.75), 0.5),  # 0.8 − 0.75 · 0.4
+    ],
     (Difficulty, 1): [
         (lambda: _difficulty("rank"), 0.5),  # one value below, two equal of four: (1 + 2/2) / 4
         (lambda: _difficulty("logv"), 2 / math.log(100)),
         (lambda: _difficulty("minmax"), 0.25),  # (2 − 1) / (5 − 1)
+        (lambda: unigram_surprise(torch.tensor([7, 7, 9, 3]))[0].item(), math.log(2)),  # two of four
     ],
     (CrossEntropy, 1): [
         # logits 0 and ln 3, label 0

@@ -1,17 +1,10 @@
 """The experiment as data. Imports no torch: Snakemake parses it on login nodes."""
 
 from entkd.config.arms import Arm, ResolvedArm
+from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.config.experiment import Experiment, Runtime, canonical_json
 from entkd.config.load import load_experiment
-from entkd.config.method import (
-    DIVERGENCE_NAMES,
-    CrossEntropy,
-    Curriculum,
-    Difficulty,
-    Features,
-    Method,
-    Temperature,
-)
+from entkd.config.method import DIVERGENCE_NAMES, CrossEntropy, Method
 from entkd.config.scoring import Analysis, ReportedSuite, ReportedTask, Suite, Task
 from entkd.config.signals import SignalFeatures, Signals, SparseSignals
 from entkd.config.stages import (

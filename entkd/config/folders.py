@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +65,40 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:
     else:
         return None
     return vocabulary | {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
+
+
+def layer_points(n_layers: int, points: int) -> tuple[int, ...]:
+    """0-based indices of the layers at 1/points, 2/points, ... of the depth; the last layer is always one.
+
+    >>> layer_points(30, 3), layer_points(6, 3)
+    ((9, 19, 29), (1, 3, 5))
+    """
+    if points > n_layers:
+        raise UserError(f"features.points: {points} points need at least {points} layers, the model has {n_layers}")
+    return tuple((2 * n_layers * k + points) // (2 * points) - 1 for k in range(1, points + 1))
+
+
+def layer_pairs_problem(
+    pairs: Iterable[tuple[int, int]], student_depth: int | None, stored: Sequence[int] | None
+) -> str:
+    """What is wrong with pairs (student layer, teacher layer) of the feature loss; nothing if all can be had.
+
+    Parameters
+    ----------
+    student_depth
+        Decoder layers of the student; None where it is not known yet.
+    stored
+        Teacher layers whose states the signals store; None where they are not known yet.
+    """
+    for ours, theirs in pairs:
+        if student_depth is not None and ours >= student_depth:
+            return f"student layer {ours} is out of range; the student has layers 0 to {student_depth - 1}"
+        if stored is not None and theirs not in stored:
+            return (
+                f"the states of teacher layer {theirs} are not stored; stored are those of {list(stored)}, which "
+                "signals.features.points chooses: use these, or change it"
+            )
+    return ""
 
 
 def layers_problem(layers: Sequence[int], depth: int) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from entkd.config.arms import ResolvedArm
+from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.config.experiment import Experiment
-from entkd.config.method import Curriculum, Features, Temperature
 from entkd.config.scoring import ReportedSuite, Suite, Task
 from entkd.config.stages import SyntheticData
 from entkd.config.words import changed as _changed
@@ -123,7 +123,7 @@ def _features(features: Features | None) -> str:
 
 
 def _terms(arm: ResolvedArm) -> str:
-    """The logits terms, with what else tells arms apart: the pipeline, and a difficulty that is not the rank."""
+    """The logits terms, with what else tells arms apart: the pipeline, and a difficulty that is not the default."""
     method, terms = arm.method, []
     if method.divergence is not None:
         terms.append(f"{method.divergence.name}{_changed(method.divergence, 'name')}")
@@ -132,5 +132,13 @@ def _terms(arm: ResolvedArm) -> str:
     if method.approach is not None:
         terms.append(f"{method.approach.name}{_changed(method.approach, 'name')}")
     pipeline = "" if arm.pipeline == "distill" else f"{arm.pipeline}: "
-    by = f", difficulty {method.difficulty.scale}" if method.needs_difficulty and _changed(method.difficulty) else ""
+    by = _difficulty(method.difficulty) if method.needs_difficulty else ""
     return f"{pipeline}{' + '.join(terms)}{by}"
+
+
+def _difficulty(difficulty: Difficulty) -> str:
+    defaults = Difficulty()
+    named = [
+        getattr(difficulty, key) for key in ("source", "scale") if getattr(difficulty, key) != getattr(defaults, key)
+    ]
+    return f", difficulty {' '.join(named)}" if named else ""

@@ -59,6 +59,7 @@ def _model_problems(experiment: Experiment) -> Iterator[str]:
         problem = folders.layers_problem(student.layers, depth)
         if problem:
             yield problem
+    yield from _layer_problems(experiment, depth, _student_depth(experiment, known.get("student"), depth))
     vocabularies = {key: model.vocabulary for key, model in known.items() if model.vocabulary is not None}
     if len(vocabularies) == 2:
         problem = folders.tokenizer_problem(vocabularies["student"], vocabularies["teacher"], str(student.path))
@@ -72,6 +73,30 @@ def _model_problems(experiment: Experiment) -> Iterator[str]:
                 f"{key}.path: `{getattr(experiment, key).path}` has {model.rows} rows in its vocabulary (config.json: "
                 f"vocab_size), fewer than the {tokens} tokens of the tokenizer; use the model that belongs to it"
             )
+
+
+def _student_depth(experiment: Experiment, known: folders.ModelFolder | None, teacher_depth: int | None) -> int | None:
+    """The student's decoder layers, where they can be known."""
+    student = experiment.student
+    if student.init == "layers":
+        return len(student.layers)
+    if student.init == "scratch":
+        depth = student.config.get("num_hidden_layers", student.config.get("n_layer", teacher_depth))
+        return depth if isinstance(depth, int) else None
+    return None if known is None else known.layers
+
+
+def _layer_problems(experiment: Experiment, teacher_depth: int | None, student_depth: int | None) -> Iterator[str]:
+    """Layer pairs of arms that the student, or the signals of the teacher, will not have."""
+    stored, features = None, experiment.signals.features
+    if features is not None and teacher_depth is not None and features.points <= teacher_depth:
+        stored = folders.layer_points(teacher_depth, features.points)
+    for arm in experiment.resolved_arms.values():
+        wanted = arm.method.features
+        if wanted is not None and wanted.layers is not None:
+            problem = folders.layer_pairs_problem(wanted.layers, student_depth, stored)
+            if problem:
+                yield f"arms.{arm.name}.features.layers: {problem}"
 
 
 def _task_problems(experiment: Experiment) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The method: divergence, cross-entropy and the three entropy-guided components, each present or absent.
+"""The method: divergence, cross-entropy and the three components (``components.py``), each present or absent.
 
 Names, formulas and defaults follow the method description in ``docs/method.md``. ``null`` or absent means
 off. Every component carries a ``version``: it is bumped when the numbers it produces change, so that
@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.methods import AnyApproach
 from entkd.settings import Settings
 
@@ -130,72 +131,6 @@ class CrossEntropy(Settings):
     """Version of the formula."""
 
 
-class Difficulty(Settings):
-    """How the teacher's entropy H becomes a difficulty d in [0, 1]. Used only where a component needs d."""
-
-    scale: Literal["rank", "logv", "minmax"] = "rank"
-    """Mid-rank empirical CDF over a calibration sample, H / log V, or min-max within a sequence."""
-    version: Literal[1] = 1
-    """Version of the formula."""
-
-
-class Curriculum(Settings):
-    """Token weights that move from low- to high-entropy tokens over training."""
-
-    kappa: float = Field(0.8, ge=-10, le=10)
-    """κ, strength. 0 is vanilla; negative is the anti-curriculum. |κ| ≤ 1 for `soft` and at most 10 for `exp`."""
-    shape: Literal["soft", "exp", "window"] = "soft"
-    """1 + κ(2u−1)(2d−1), its exponential, or a sliding window over d."""
-    window: float = Field(0.3, gt=0, le=1)
-    """Width of the sliding window in d (only `shape: window`)."""
-    progress: Literal["lr", "step", "easy", "hard"] = "lr"
-    """u measured in cumulative learning rate or in steps; `easy` and `hard` hold u at 0 and 1."""
-    version: Literal[1] = 1
-    """Version of the formula."""
-
-    @model_validator(mode="after")
-    def _soft_weights_stay_non_negative(self) -> Curriculum:
-        if self.shape == "soft" and abs(self.kappa) > 1:
-            raise ValueError(f"kappa {self.kappa} makes negative soft weights; use |kappa| <= 1 or shape: exp")
-        return self
-
-
-class Temperature(Settings):
-    """A softmax temperature per token, shared by teacher and student."""
-
-    base: float = Field(1.0, gt=0)
-    """T_0, the temperature at the median difficulty."""
-    c: float = Field(0.5, ge=-3, le=3)
-    """T = T_0·exp(c(2d−1)). Positive softens uncertain tokens, negative is AdaKD's direction, 0 is a fixed T_0."""
-    t2: Literal["per_token", "linear", "off"] = "per_token"
-    """Scale of the token loss: T², T or 1."""
-    normalise: Literal["none", "joint"] = "none"
-    """`joint` divides by the global batch's mean of weight × scale."""
-    version: Literal[1] = 1
-    """Version of the formula."""
-
-
-class Features(Settings):
-    """Hidden-state distillation on hard tokens, on top of the logits loss."""
-
-    weight: float = Field(0.5, gt=0)
-    """λ, the weight of the feature term in the total loss."""
-    threshold: float = Field(0.8, ge=0, le=1)
-    """θ: tokens with d > θ are hard. For `random` and `easy` the same share 1 − θ of tokens is used."""
-    tokens: Literal["hard", "all", "random", "easy"] = "hard"
-    """Which tokens get the feature loss."""
-    loss: Literal["cosine", "mse"] = "cosine"
-    """1 − cosine similarity, or mean squared error over the width."""
-    projector: Literal["linear", "identity"] = "linear"
-    """A linear map from student to teacher width, or none where the widths agree."""
-    projector_lr: float = Field(1e-3, gt=0)
-    """The projectors' own learning rate."""
-    points: int = Field(3, ge=1)
-    """Layer pairs at 1/points, 2/points, ... of each network's depth; the last layer is always one."""
-    version: Literal[1] = 1
-    """Version of the formula."""
-
-
 class Method(Settings):
     """What an arm trains: each term present or null."""
 
@@ -210,7 +145,7 @@ class Method(Settings):
     features: Features | None = None
     """Feature distillation on hard tokens."""
     difficulty: Difficulty = Difficulty()
-    """How entropy becomes difficulty, where a component needs it."""
+    """What makes a token hard, where a component needs it."""
     approach: AnyApproach | None = None
     """A published way to weigh, select or soften tokens. A bare name stands for it with its defaults."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from entkd.config.method import Method
-from entkd.settings import Settings
+from entkd.settings import Settings, Sparing
 
 
 class SignalFeatures(Settings):
@@ -31,7 +31,7 @@ class SparseSignals(Settings):
     """Draws from all other tokens. More make the loss less noisy; the expected gradient is exact with any number."""
 
 
-class Signals(Settings):
+class Signals(Sparing):
     """What is stored of the teacher's outputs. Changing it runs the teacher again and retrains what reads it."""
 
     mode: Literal["hidden", "logprobs", "sparse"] = "hidden"
@@ -65,14 +65,10 @@ class Signals(Settings):
             raise ValueError(f"`sparse` means nothing with `mode: {self.mode}`; remove it or set `mode: sparse`")
         return self
 
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the key that the mode has no use for: stores of other modes keep the content key that they had
-        before there was one, and no teacher runs again for it."""
-        written: dict[str, Any] = handler(self)
-        if self.sparse is None:
-            del written["sparse"]
-        return written
+    def left_out(self) -> set[str]:
+        """Not the key that the mode has no use for: stores of other modes keep the content key that they had before
+        there was one, and no teacher runs again for it."""
+        return {"sparse"} if self.sparse is None else set()
 
 
 def lacking_signals(method: Method, signals: Signals) -> Iterator[tuple[str, str]]:
@@ -105,6 +101,12 @@ def lacking_distribution(method: Method) -> Iterator[tuple[str, str]]:
             "`signals.mode: sparse` keeps a sample at temperature 1 alone; set `signals.mode: hidden`, or remove "
             "temperature",
         )
+    if method.needs_difficulty and method.difficulty.source == "initial_kl":
+        yield (
+            "difficulty.source",
+            "initial_kl needs the teacher's whole distribution, and `signals.mode: sparse` keeps a sample of it; set "
+            "`signals.mode: hidden`, or use another source",
+        )
 
 
 def _lacking_features(method: Method, stored: SignalFeatures | None) -> Iterator[tuple[str, str]]:
@@ -115,16 +117,21 @@ def _lacking_features(method: Method, stored: SignalFeatures | None) -> Iterator
     if stored is None:
         yield "features", "needs hidden states, and signals.features is null; set `signals: {features: {}}`"
         return
-    if stored.points % wanted.points:
+    if wanted.layers is None and stored.points % wanted.points:
         yield "features.points", f"{wanted.points} does not divide signals.features.points {stored.points}; change one"
-    if stored.tokens == "hard" and wanted.tokens != "hard":
+    if stored.tokens == "all":
+        return
+    difficulty = method.difficulty
+    if wanted.tokens != "hard":
         yield "features.tokens", f"{wanted.tokens} needs `signals.features.tokens: all`"
-    elif stored.tokens == "hard" and method.difficulty.scale != "rank":
-        scale = method.difficulty.scale
-        yield "features", f"hard tokens by difficulty.scale {scale} need `signals.features.tokens: all`"
-    elif stored.tokens == "hard" and wanted.threshold < stored.threshold:
+    elif difficulty.source != "teacher_entropy":
+        yield "features", f"hard tokens by difficulty.source {difficulty.source} need `signals.features.tokens: all`"
+    elif difficulty.scale != "rank":
+        yield "features", f"hard tokens by difficulty.scale {difficulty.scale} need `signals.features.tokens: all`"
+    elif wanted.lowest_threshold < stored.threshold:
+        key = "threshold" if wanted.threshold == wanted.lowest_threshold else "threshold_end"
         yield (
-            "features.threshold",
-            f"{wanted.threshold} is below signals.features.threshold {stored.threshold}, under which no hidden states "
-            f"are stored; set `signals.features.threshold: {wanted.threshold}`",
+            f"features.{key}",
+            f"{wanted.lowest_threshold} is below signals.features.threshold {stored.threshold}, under which no hidden "
+            f"states are stored; set `signals.features.threshold: {wanted.lowest_threshold}`",
         )

@@ -76,6 +76,12 @@ class Corpus:
         return np.diff(self.response_offsets)
 
     @property
+    def response_ids(self) -> NDArray[np.int32]:
+        """(response tokens,) token ids of all responses, by their global index."""
+        starts = np.repeat(self.offsets[:-1] + self.prompt_lengths, self.lengths)
+        return np.asarray(self.ids)[np.arange(len(self.ids)) >= starts]
+
+    @property
     def response_tokens(self) -> int:
         """Response tokens of the split."""
         return int(self.response_offsets[-1])

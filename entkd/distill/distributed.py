@@ -60,7 +60,7 @@ class World:
         return DistributedDataParallel(module, broadcast_buffers=False)
 
     def sum(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each scalar summed over the processes, in one collective and without a host sync."""
+        """Each tensor, all of one shape, summed over the processes, in one collective and without a host sync."""
         if self.size == 1:
             return terms
         stacked = torch.stack([value.float() for value in terms.values()])

@@ -34,6 +34,7 @@ from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates,
 from entkd.distill.outputs import write_outputs
 from entkd.distill.scan import needs_scan, scanned, with_factors
 from entkd.distill.targets import TeacherTargets
+from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
 from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
 from entkd.progress import Progress
@@ -98,6 +99,10 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     ).to(device)
     projectors = objective.projectors
     module = world.wrap(objective)
+    if targets.store is not None and targets.waits_for_student:  # untrained: no resume state is loaded yet
+        source, store = method.difficulty.source, targets.store
+        student_R = untrained_statistics(source, student, corpus, store, training, pad_id, world, device, dtype)
+        targets.use_student(student_R)
 
     # ── schedule: known as a whole before the first step ──────────────────────────────────────────────────────
     steps = plan_steps(corpus, training, seed)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from entkd.closeness import linear_statistics
-from entkd.config import Method
+from entkd.config import Features, Method
+from entkd.config.folders import layer_pairs_problem
 from entkd.data.packing import Batch
 from entkd.distill.approach import ApproachState, combine, document_of_tokens, factors_of_batches
+from entkd.errors import UserError
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.methods.base import Factors
@@ -73,6 +75,16 @@ class MicroBatch:
         )
 
 
+def student_layers(settings: Features, n_layers: int) -> tuple[int, ...]:
+    """0-based student layer of each layer pair; raises UserError where the student has no such layer."""
+    if settings.layers is None:
+        return layer_points(n_layers, settings.points)
+    problem = layer_pairs_problem(settings.layers, n_layers, None)
+    if problem:
+        raise UserError(f"method.features.layers: {problem}")
+    return tuple(ours for ours, _ in settings.layers)
+
+
 class Objective(nn.Module):
     """The student, the projectors and the total loss of one method.
 
@@ -112,7 +124,7 @@ class Objective(nn.Module):
         self.approach = ApproachState(method.approach) if method.approach is not None else None
         if method.features is not None:
             config = student.config
-            self.student_layers = layer_points(config.num_hidden_layers, method.features.points)
+            self.student_layers = student_layers(method.features, config.num_hidden_layers)
             self.projectors = Projectors(
                 config.hidden_size, teacher_width, len(self.student_layers), method.features.projector, generator
             )

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from entkd.components import token_plan
-from entkd.config import Method
+from entkd.config import Features, Method
+from entkd.config.folders import layer_pairs_problem
 from entkd.config.method import JSD, TVD, Divergence, SkewReverseKL
 from entkd.config.signals import lacking_distribution
 from entkd.data import Corpus
 from entkd.data.packing import Batch
+from entkd.difficulty import training_difficulty
 from entkd.distill.objective import MicroBatch
 from entkd.errors import UserError
 from entkd.signals import SignalStore
@@ -78,6 +80,8 @@ class TeacherTargets:
         self.method, self.seed = method, seed
         self.store: SignalStore | None = None
         self.teacher_layers: tuple[int, ...] = ()
+        self.difficulty_R: Tensor | None = None
+        """(R,) d of every training token; None where no component reads it, or the student has not been asked."""
         if not method.needs_signals:
             return
         if signals is None:
@@ -85,11 +89,7 @@ class TeacherTargets:
         self.store = store = SignalStore.open(signals)
         self.split = store.split("train")
         check_same_data(store, data, signals)
-        self.sequence_R = torch.repeat_interleave(
-            torch.arange(len(corpus)), torch.as_tensor(corpus.response_lengths, dtype=torch.long)
-        )
-        difficulty = store.difficulty(method.difficulty.scale)
-        self.difficulty_R = difficulty(self.split.entropy_R, sequence_N=self.sequence_R)
+        self._corpus = corpus
         if method.divergence is not None and contains_reverse_kl(method.divergence) and store.has_inf_logits:
             raise UserError(
                 f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
@@ -99,11 +99,29 @@ class TeacherTargets:
             for key, why in lacking_distribution(method):
                 raise UserError(f"{signals}: method.{key}: {why}")
         if method.features is not None:
-            self.teacher_layers = self._layers(store, method.features.points)
+            self.teacher_layers = self._layers(store, method.features)
+        if method.needs_difficulty and not self.waits_for_student:
+            self.difficulty_R = training_difficulty(method.difficulty, store, corpus, seed)
+
+    @property
+    def waits_for_student(self) -> bool:
+        """Whether the difficulty is one of the untrained student; `use_student` then goes before the first step."""
+        return self.method.needs_difficulty and self.method.difficulty.of_student and self.difficulty_R is None
+
+    def use_student(self, student_R: Tensor) -> None:
+        """Form the difficulty of what the untrained student says of every training token, (R,) in nats."""
+        assert self.store is not None
+        self.difficulty_R = training_difficulty(self.method.difficulty, self.store, self._corpus, self.seed, student_R)
 
     @staticmethod
-    def _layers(store: SignalStore, points: int) -> tuple[int, ...]:
-        """The stored teacher layers at 1/points, 2/points, ... of the depth."""
+    def _layers(store: SignalStore, settings: Features) -> tuple[int, ...]:
+        """The teacher layer of each layer pair: as named, or stored ones at 1/points, 2/points, ... of the depth."""
+        if settings.layers is not None:
+            problem = layer_pairs_problem(settings.layers, None, store.feature_layers)
+            if problem:
+                raise UserError(f"method.features.layers: {problem}")
+            return tuple(theirs for _, theirs in settings.layers)
+        points = settings.points
         stride, rest = divmod(len(store.feature_layers), points)
         if rest or not stride:
             raise UserError(
@@ -127,7 +145,8 @@ class TeacherTargets:
         if self.store is None:
             return Step([MicroBatch(batch) for batch in batches], positions, 0, tokens, {})
         tokens_N = torch.cat([batch.tokens_N for batch in batches])
-        plan = token_plan(self.difficulty_R[tokens_N], progress, self.method, tokens_N=tokens_N, seed=self.seed)
+        difficulty_N = None if self.difficulty_R is None else self.difficulty_R[tokens_N]
+        plan = token_plan(difficulty_N, progress, self.method, tokens_N=tokens_N, seed=self.seed)
         micro_batches, start = [], 0
         for batch in batches:
             cut = slice(start, start := start + len(batch.tokens_N))

@@ -1,11 +1,11 @@
 """Teacher and student: where they come from, and access to trunk, layers and head of any common layout."""
 
+from entkd.config.folders import layer_points
 from entkd.models.access import (
     assert_finite,
     assert_linear_head,
     assert_packing,
     decoder_layers,
-    layer_points,
     load_model,
     load_tokenizer,
     model_folder,

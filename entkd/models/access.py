@@ -187,17 +187,6 @@ def _packed_mask(position_ids_BL: torch.Tensor) -> torch.Tensor:
     return torch.tril(own_BLL)[:, None]
 
 
-def layer_points(n_layers: int, points: int) -> tuple[int, ...]:
-    """0-based indices of the layers at 1/points, 2/points, ... of the depth; the last layer is always one.
-
-    >>> layer_points(30, 3), layer_points(6, 3)
-    ((9, 19, 29), (1, 3, 5))
-    """
-    if points > n_layers:
-        raise UserError(f"features.points: {points} points need at least {points} layers, the model has {n_layers}")
-    return tuple((2 * n_layers * k + points) // (2 * points) - 1 for k in range(1, points + 1))
-
-
 def vocab_rows(weight_VD: torch.Tensor, vocab_size: int, what: str = "model") -> int:
     """Rows of the output projection; refuses fewer than the tokenizer has tokens.
 

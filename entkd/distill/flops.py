@@ -21,9 +21,16 @@ def trunk_flops_per_token(model: PreTrainedModel, block: int) -> float:
 
 
 def training_tflops(
-    student: PreTrainedModel, tokens: int, positions: int, block: int, vocab_size: int, teacher_width: int | None
+    student: PreTrainedModel,
+    tokens: int,
+    positions: int,
+    block: int,
+    vocab_size: int,
+    teacher_width: int | None,
+    projected: int = 0,
+    projector_width: int = 0,
 ) -> float:
-    """TFLOPs of a run: forward and backward of the student, and the teacher's output projection.
+    """TFLOPs of a run: forward and backward of the student and the projectors, and the teacher's output projection.
 
     Parameters
     ----------
@@ -33,6 +40,10 @@ def training_tflops(
         Response tokens through the output projections.
     teacher_width
         Width of the teacher's hidden states; None where the arm reads no teacher distribution.
+    projected
+        Tokens with a feature loss, times its layer pairs.
+    projector_width
+        Width that linear projectors map to; 0 where there are none.
 
     Notes
     -----
@@ -42,4 +53,5 @@ def training_tflops(
     trunk = 3 * trunk_flops_per_token(student, block) * tokens
     head = 3 * 2.0 * int(student.config.hidden_size) * vocab_size * positions
     teacher = 2.0 * (teacher_width or 0) * vocab_size * positions
-    return (trunk + head + teacher) / 1e12
+    projectors = 3 * 2.0 * int(student.config.hidden_size) * projector_width * projected
+    return (trunk + head + teacher + projectors) / 1e12

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entkd.components import token_plan
@@ -23,6 +25,7 @@ from entkd.data import Corpus
 from entkd.data.packing import Batch
 from entkd.distill.objective import MicroBatch
 from entkd.errors import UserError
+from entkd.features import select_tokens
 from entkd.signals import SignalStore
 from entkd.sparse import SparseTarget
 
@@ -111,6 +114,15 @@ class TeacherTargets:
                 f"{list(store.feature_layers)}; their number must be a multiple of it, see signals.features.points"
             )
         return store.feature_layers[stride - 1 :: stride]
+
+    def feature_tokens(self, documents: int) -> NDArray[np.int64]:
+        """(documents,) tokens with a feature loss of each document: known before training, as the difficulty is."""
+        features = self.method.features
+        if features is None:
+            return np.zeros(documents, dtype=np.int64)
+        tokens_R = torch.arange(len(self.sequence_R)) if features.tokens == "random" else None
+        chosen_R = select_tokens(self.difficulty_R, features, tokens_R, self.seed)
+        return torch.bincount(self.sequence_R[chosen_R], minlength=documents).numpy()
 
     def step(self, batches: Sequence[Batch], progress: float) -> Step:
         """Targets of one optimizer step.

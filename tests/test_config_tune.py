@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from entkd.config import Experiment, Training, canonical_json, jobs, load_experiment
 from entkd.config.errors import ConfigError
 from entkd.config.summary import summary
+from entkd.config.tune import draw
 
 ROOT = Path(__file__).parents[1]
 DEMO = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -72,12 +73,25 @@ def test_every_tuned_arm_has_the_same_number_of_distinct_points_of_its_own_grid(
         assert len({point["training.lr"] for point in found}) == trials
 
 
-def test_rounds_use_every_value_of_a_key_equally_often() -> None:
+def test_a_round_has_every_value_of_a_key_once() -> None:
     grids = LR | {"method.curriculum.kappa": [0.2, 0.4, 0.6], "method.temperature.c": [-0.5, 0.5]}
-    found = points(tuned(grids, 12, arms=["full"]), "full")
-    assert Counter(point["training.lr"] for point in found) == dict.fromkeys(grids["training.lr"], 3)
-    assert Counter(point["method.curriculum.kappa"] for point in found) == {0.2: 4, 0.4: 4, 0.6: 4}
-    assert Counter(point["method.temperature.c"] for point in found) == {-0.5: 6, 0.5: 6}
+    found = points(tuned(grids, arms=["full"]), "full")
+    assert sorted(point["training.lr"] for point in found) == sorted(grids["training.lr"])
+    assert sorted(Counter(point["method.curriculum.kappa"] for point in found).values()) == [1, 1, 2]
+    assert Counter(point["method.temperature.c"] for point in found) == {-0.5: 2, 0.5: 2}
+
+
+def test_draws_are_uniform_over_seeds() -> None:
+    """Which value comes first, and which two come together: 400 seeds, four standard deviations."""
+    firsts, pairs = Counter(), Counter()
+    grid = {"training.lr": (1, 2, 3, 4), "method.temperature.c": (-1, 1)}
+    for seed in range(400):
+        first = draw(grid, 2, seed)[0]
+        firsts[first["training.lr"]] += 1
+        pairs[first["training.lr"], first["method.temperature.c"]] += 1
+    assert all(abs(count - 100) < 4 * (400 * 0.25 * 0.75) ** 0.5 for count in firsts.values())
+    assert len(pairs) == 8
+    assert all(abs(count - 50) < 4 * (400 * 0.125 * 0.875) ** 0.5 for count in pairs.values())
 
 
 def test_a_grid_can_be_tried_out() -> None:
@@ -173,7 +187,7 @@ BAD = [
     ({"grids": {"training.lr": [1e-3, 1e-3]}}, "must be different values"),
     ({"grids": LR | {"method.curriculum.kapa": [1]}}, "no tuned arm has `method.curriculum.kapa`; did you mean"),
     ({"grids": {"training.lr": ["fast", 1e-3]}, "trials": 2}, 'tune: arm kd: training.lr: "fast" must be a number'),
-    ({"grids": {"training.lr": [1, 1.0]}, "trials": 2}, 'arm kd: {"training.lr": 1.0} and {"training.lr": 1} are'),
+    ({"grids": {"training.lr": [1, 1.0]}, "trials": 2}, 'arm kd: {"training.lr": 1} and {"training.lr": 1.0} are'),
     (
         {"grids": LR | {"method.features.threshold": [0.5]}, "arms": ["full"]},
         "method.features.threshold: 0.5 is below signals.features.threshold 0.8",

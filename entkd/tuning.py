@@ -28,7 +28,7 @@ def choose(arm: str, settings: dict[str, Any], runs: Sequence[Path], patch: Path
     arm
         Name of the arm.
     settings
-        ``trials``: name of each trial → its point, dotted key → value, in the order in which they were drawn.
+        ``trials``: ``name`` and ``point`` (dotted key → value) of each, in the order in which they were drawn.
     runs
         ``…/{trial}/seed{seed}/run.json`` of every trial.
     patch
@@ -41,7 +41,8 @@ def choose(arm: str, settings: dict[str, Any], runs: Sequence[Path], patch: Path
     UserError
         If the record of a trial is missing or one too many, or no trial has a finite dev NLL.
     """
-    points, records = settings["trials"], {path.parents[1].name: path for path in runs}
+    points = {trial["name"]: trial["point"] for trial in settings["trials"]}
+    records = {path.parents[1].name: path for path in runs}
     if records.keys() != points.keys():
         differing = min(records.keys() ^ points.keys())
         raise UserError(f"arm {arm}: trial {differing} has no record or is not asked for; give each trial's run.json")

@@ -78,7 +78,7 @@ def test_the_choice_gets_nothing_but_records_of_trials(finished: Path) -> None:
     """What reads the test split is the scoring, and nothing of the tuning depends on it."""
     for call in calls_of(finished, "choose"):
         arm = call[call.index("--arm") + 1]
-        names = json.loads(call[call.index("--settings") + 1])["trials"]
+        names = [trial["name"] for trial in json.loads(call[call.index("--settings") + 1])["trials"]]
         files = call[call.index("--table") + 2 :]
         assert files == [f"results/tuning/{arm}/{name}/seed1000/run.json" for name in names]
     write_experiment(finished, tuned())

@@ -57,7 +57,7 @@ def trial_settings(trial: Trial) -> dict[str, Any]:
 
 def choice_settings(experiment: Experiment, arm: str) -> dict[str, Any]:
     """For choosing among an arm's trials."""
-    return {"trials": {trial.name: trial.point for trial in experiment.trials[arm]}}
+    return {"trials": [{"name": trial.name, "point": trial.point} for trial in experiment.trials[arm]]}
 
 
 def suite_settings(suite: ReportedSuite) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The steps of a run, known as a whole before the first one, and what they cost by analysis.
 
 A budget of tokens or TFLOPs becomes a number of steps here: as many whole ones as fit into it. A budget of seconds
-became one before, in a job of its own (``calibrate.py``).
+became one before, in a job of its own (``calibration.py``).
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_steps_are_the_budget_over_the_median_of_timed_steps(tiny, tmp_path: Pat
         lines = [json.dumps({"step": i, "seconds": s}) for i, s in enumerate(clock.tolist(), 1)]
         (output / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 11, "dev_nll": 3.0})]))
 
-    monkeypatch.setattr("entkd.distill.calibrate.distill", slow)
+    monkeypatch.setattr("entkd.distill.calibration.distill", slow)
     inputs = (0, tiny.student, tiny.data, tiny.signals)
     calibrate(method("kd"), training(budget={"seconds": 10.1}), *inputs, tmp_path / "kd.json", torch.get_num_threads())
     assert json.loads((tmp_path / "kd.json").read_text())["training"]["steps"] == 40

@@ -22,7 +22,7 @@ from entkd.data import Corpus, read_texts
 from entkd.data.packing import Batch, collate, plan_batches
 from entkd.entropy import token_entropy
 from entkd.errors import UserError
-from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
+from entkd.models import assert_linear_head, load_model, output_weight, packed_states, vocab_rows
 from entkd.signals.content import feature_layers
 from entkd.signals.kept import Keep, room
 from entkd.signals.split import response_tokens
@@ -168,9 +168,7 @@ class TeacherPass:
     def _forward(
         self, batch: Batch, layers: tuple[int, ...], keep: Keep | None, row_N: Tensor
     ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
-        hidden_BLE, captured = trunk_forward(self._model, batch.input_ids_BL, batch.position_ids_BL, capture=layers)
-        hidden_NE = hidden_BLE.flatten(0, 1)[batch.positions_N]
-        states = {layer: captured[layer].flatten(0, 1)[batch.positions_N] for layer in layers}
+        hidden_NE, states = packed_states(self._model, batch, layers)
         statistics, has_inf_logits = token_statistics(hidden_NE, self._head_device_UE, batch.labels_N, keep, row_N)
         return hidden_NE, states, statistics, has_inf_logits
 

@@ -88,7 +88,7 @@ def test_the_table_tells_who_was_tuned_what_it_cost_and_what_was_spent(tmp_path:
         "kd": arm | {"name": "kd", "method": {"divergence": {"name": "forward_kl"}}},
         "temperature": arm | {"method": {"divergence": {"name": "forward_kl"}, "temperature": {}}},
     }
-    settings |= {"budget": "7 TFLOPs", "tune": {"trials": 3, "arms": arms, "training": {"steps": 3}}}
+    settings |= {"budget": "7 TFLOPs", "tune": {"arms": arms, "training": {"steps": 3}}}
     outputs = [tmp_path / name for name in ("table.csv", "table.md", "table.tex", "effects.csv")]
     inputs = [tmp_path / name for name in ("scores.csv", "items.parquet", "runs.csv")]
     make_tables(settings, *inputs, *outputs, tuning=tmp_path / "tuning.csv")

@@ -89,7 +89,7 @@ def analysis_settings(experiment: Experiment) -> dict[str, Any]:
     if experiment.tune is not None:
         arms_settings = {name: experiment.resolved_arms[name].model_dump(mode="json") for name in experiment.trials}
         training = experiment.training.model_dump(mode="json")
-        settings["tune"] = {"trials": experiment.tune.trials, "arms": arms_settings, "training": training}
+        settings["tune"] = {"arms": arms_settings, "training": training}
     return settings
 
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from entkd import __version__, config
+from entkd.config.arms import merge_patch
 from entkd.config.errors import problems_of
 from entkd.errors import UserError
 from entkd.settings import Settings
@@ -40,6 +41,17 @@ class ArmSettings(Settings):
     """The arm's complete method."""
     training: config.Training
     """Length, batch and optimizer."""
+
+
+def _patched(text: str, patches: Sequence[Path]) -> str:
+    """Settings as JSON text with JSON Merge Patches from files on top."""
+    for path in patches:
+        patch = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            text = json.dumps(merge_patch(json.loads(text), patch, str(path)))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return text
 
 
 def _parse(text: str, model: type[S], wrap: str | None = None) -> S:
@@ -102,9 +114,29 @@ def _init_student(args: argparse.Namespace) -> None:
 def _distill(args: argparse.Namespace) -> None:
     from entkd.distill import distill
 
+    arm = _parse(_patched(args.settings, args.patches), ArmSettings)
+    inputs = (args.student, args.data, args.signals)
+    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every, args.trial)
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from entkd.distill import calibrate
+
     arm = _parse(args.settings, ArmSettings)
     inputs = (args.student, args.data, args.signals)
-    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every)
+    calibrate(arm.method, arm.training, args.seed, *inputs, args.output, args.threads)
+
+
+def _choose(args: argparse.Namespace) -> None:
+    from entkd.tuning import choose
+
+    choose(args.arm, json.loads(args.settings), args.files, args.output, args.table)
+
+
+def _collect_tuning(args: argparse.Namespace) -> None:
+    from entkd.tuning import collect_tuning
+
+    collect_tuning(args.files, args.output)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -132,14 +164,14 @@ def _table(args: argparse.Namespace) -> None:
 
     settings = json.loads(args.settings)
     outputs = (args.output, args.markdown, args.latex, args.effects)
-    make_tables(settings, args.scores, args.items, args.runs, *outputs)
+    make_tables(settings, args.scores, args.items, args.runs, *outputs, tuning=args.tuning)
 
 
 def _figures(args: argparse.Namespace) -> None:
     from entkd.figures import make_figures
 
     optional = (args.effects, args.runs, args.curves, args.entropy)
-    make_figures(json.loads(args.settings), args.scores, args.table, *optional, args.output)
+    make_figures(json.loads(args.settings), args.scores, args.table, *optional, args.output, tuning=args.tuning)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -187,10 +219,11 @@ HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
     "--arm": (str, "arm that the rows belong to"),
     "--suite": (str, "suite that the rows belong to"),
     "--scores": (Path, "scores.csv"),
-    "--table": (Path, "ablation_table.csv"),
+    "--table": (Path, "ablation_table.csv; of `choose`, the CSV of the trials that is written"),
     "--runs": (Path, "runs.csv: costs of the runs"),
     "--curves": (Path, "curves.csv: losses and evaluations over the steps"),
     "--entropy": (Path, "entropy.csv of the teacher signals"),
+    "--tuning": (Path, "tuning.csv: the trials of tuned arms"),
     "--effects": (Path, "effects.csv: effects of the components"),
     "--items": (Path, "items.parquet: scores per benchmark item"),
     "--markdown": (Path, "the table for people, as Markdown"),
@@ -200,10 +233,13 @@ HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
 DEFAULTS: dict[str, tuple[Any, str]] = {
     "--sample": (16, "number of documents to recompute"),
     "--save-minutes": (5.0, "minutes between two resume checkpoints"),
+    "--threads": (1, "CPU threads to time with"),
     "--log-every": (10, "steps between two looks at the loss on the device"),
     "--memory-gib": (2.0, "memory from which the batch size follows"),
 }
 """Options with a value of their own when they are left out."""
+PATCHES = "files of JSON Merge Patches on the settings: the choice of tuning, the steps of a budget in seconds"
+TRIAL = "leave the weights out, and record a loss that is no number instead of failing"
 
 Stage = tuple[Callable[[argparse.Namespace], "int | None"], str, str]
 """Function, help, arguments; one that ends in `?` may be left out or have no value."""
@@ -238,8 +274,14 @@ STAGES: dict[str, Stage] = {
     "distill": (
         _distill,
         "train one student",
-        "--settings --seed --student --data --signals? --output --save-minutes --log-every",
+        "--settings --patches --seed --student --data --signals? --output --save-minutes --log-every --trial",
     ),
+    "calibrate": (
+        _calibrate,
+        "time a few steps and write how many are a budget of seconds",
+        "--settings --seed --student --data --signals? --output --threads",
+    ),
+    "choose": (_choose, "take the trial with the lowest dev loss", "--settings --arm --output --table files"),
     "score": (
         _score,
         "score one model on a suite",
@@ -247,15 +289,16 @@ STAGES: dict[str, Stage] = {
     ),
     "collect-scores": (_collect_scores, "all scores in one file", "--output --items files"),
     "collect-runs": (_collect_runs, "costs and learning curves of all runs", "--output --curves folders"),
+    "collect-tuning": (_collect_tuning, "the trials of all tuned arms in one file", "--output files"),
     "table": (
         _table,
         "the ablation table and the effects of the components",
-        "--settings --scores --items? --runs? --output --markdown --latex --effects",
+        "--settings --scores --items? --runs? --tuning? --output --markdown --latex --effects",
     ),
     "figures": (
         _figures,
         "the figures, from the collected files alone",
-        "--settings --scores --table --effects? --runs? --curves? --entropy? --output",
+        "--settings --scores --table --effects? --runs? --curves? --entropy? --tuning? --output",
     ),
     "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
     "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),
@@ -275,7 +318,11 @@ def parser() -> argparse.ArgumentParser:
         for argument in arguments.split():
             option = argument.rstrip("?")
             if option == "files":
-                stage.add_argument("files", nargs="+", type=Path, help="score files")
+                stage.add_argument("files", nargs="+", type=Path, help="the files to read")
+            elif option == "--patches":
+                stage.add_argument(option, nargs="*", type=Path, default=[], help=PATCHES)
+            elif option == "--trial":
+                stage.add_argument(option, action="store_true", help=TRIAL)
             elif option == "folders":
                 stage.add_argument("folders", nargs="+", type=_folder, help="folders of runs, or their run.json")
             elif option == "kind":

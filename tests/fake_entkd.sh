@@ -6,7 +6,7 @@ stage=$1
 while [ $# -gt 1 ]; do
     case $1 in
         --output) output=$2 ;;
-        --items | --curves | --markdown | --latex | --effects) extra="$extra $2" ;;
+        --items | --curves | --table | --markdown | --latex | --effects) extra="$extra $2" ;;
     esac
     shift
 done
@@ -18,7 +18,7 @@ case $stage in
         ;;
     prepare-data | seqkd-data) mkdir -p "$output" && touch "$output/manifest.json" ;;
     signals) mkdir -p "${output%/*}" && touch "$output" "${output%/*}/entropy.csv" ;;
-    distill)
+    distill)  # a trial does not ask for the model
         mkdir -p "$output/model"
         touch "$output/model/model.safetensors" "$output/metrics.jsonl" "$output/run.json"
         ;;

@@ -25,7 +25,9 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
     for rules in (ROOT / "workflow/rules").rglob("*.smk"):
         for block in re.findall(r"shell:\n((?:\s+f?\".*\"\n?)+)", rules.read_text()):
             text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
-            words = re.sub(r"\{(wildcards\.seed|SAVE_MINUTES|LOG_EVERY|SCORING_GIB)\}", "1", text).split()
+            words = re.sub(
+                r"\{(wildcards\.seed|params\.seed|THREADS|SAVE_MINUTES|LOG_EVERY|SCORING_GIB)\}", "1", text
+            ).split()
             stage = vars(cli.parser().parse_args(words[1:]))["stage"]
             assert words[0] == "entkd"
             commands.add(stage)
@@ -116,7 +118,7 @@ def test_optional_inputs_may_be_left_out_or_empty() -> None:
 def test_stage_functions_take_what_the_command_line_gives() -> None:
     from entkd.data import prepare
     from entkd.data.seqkd import prepare_seqkd
-    from entkd.distill import distill, finetune_teacher
+    from entkd.distill import calibrate, distill, finetune_teacher
     from entkd.models import init_student, prepare_teacher
 
     expected = {
@@ -124,8 +126,11 @@ def test_stage_functions_take_what_the_command_line_gives() -> None:
         prepare: ["settings", "teacher", "output"],
         prepare_seqkd: ["teacher", "data", "output", "max_response_tokens", "batch"],
         init_student: ["settings", "teacher", "output", "seed"],
-        distill: ["method", "training", "seed", "student", "data", "signals", "output", "save_minutes", "log_every"],
+        distill: [
+            "method", "training", "seed", "student", "data", "signals", "output", "save_minutes", "log_every", "trial",
+        ],
+        calibrate: ["method", "training", "seed", "student", "data", "signals", "output", "threads"],
         finetune_teacher: ["training", "teacher", "data", "output", "save_minutes", "log_every"],
-    }
+    }  # fmt: skip
     for function, names in expected.items():
         assert list(inspect.signature(function).parameters)[: len(names)] == names

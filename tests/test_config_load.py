@@ -54,7 +54,7 @@ BAD = [
     ("training/lr", -1, "training.lr: -1 must be greater than 0"),
     ("training/steps", "fast", 'training.steps: "fast" must be a whole number'),
     ("training/steps", True, "training: steps: true is allowed only where true or false is asked for"),
-    ("training/epochs", 1, "training: give exactly one of steps and epochs"),
+    ("training/epochs", 1, "training: give exactly one of steps, epochs and budget"),
     ("training/micro_blocks", 3, "training: blocks_per_step 2 is not a multiple of micro_blocks 3"),
     ("training/block", 256, "data.max_tokens: 512 is more than training.block 256"),
     ("training/lr", float("nan"), "training.lr: NaN must be"),

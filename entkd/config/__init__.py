@@ -1,6 +1,7 @@
 """The experiment as data. Imports no torch: Snakemake parses it on login nodes."""
 
 from entkd.config.arms import Arm, ResolvedArm
+from entkd.config.budget import Budget
 from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.config.experiment import Experiment, Runtime, canonical_json
 from entkd.config.load import load_experiment
@@ -16,11 +17,13 @@ from entkd.config.stages import (
     Teacher,
     Training,
 )
+from entkd.config.tune import Tune
 
 __all__ = [
     "DIVERGENCE_NAMES",
     "Analysis",
     "Arm",
+    "Budget",
     "CrossEntropy",
     "Curriculum",
     "Data",
@@ -44,6 +47,7 @@ __all__ = [
     "Teacher",
     "Temperature",
     "Training",
+    "Tune",
     "canonical_json",
     "load_experiment",
 ]

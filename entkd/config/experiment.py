@@ -9,17 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from entkd.config.arms import Arm, ResolvedArm, resolve_arms
+from entkd.config.arms import Arm, ResolvedArm, expand_sweeps, resolve_arms
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
 from entkd.config.scoring import Analysis, ReportedSuite
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Data, Slug, Student, Teacher, Training
+from entkd.config.tune import Trial, Tune, trials_of, unused_keys
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
 from entkd.settings import Settings
 
-RESULT_FOLDERS = ("data", "figures", "logs", "scores", "signals", "students", "teachers")
+RESULT_FOLDERS = ("budget", "data", "figures", "logs", "scores", "signals", "students", "teachers", "tuning")
 """Folders of the demo's results, which no other experiment may take as its name."""
 
 
@@ -66,6 +67,8 @@ class Experiment(Settings):
     """Arm name → {dotted method key: values}; expands to ordinary arms `{arm}.{key}={value}`."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     """Random seeds; every arm is trained once with each."""
+    tune: Tune | None = None
+    """Tuning on the dev split; without it every arm trains with its settings as written."""
     suites: dict[Slug, ReportedSuite] = Field(min_length=1)
     """What students are scored on."""
     analysis: Analysis = Analysis()
@@ -95,6 +98,7 @@ class Experiment(Settings):
             for arm in resolved.values()
             for key, why in lacking_signals(arm.method, self.signals)
         ]
+        problems += self._tuning[1]
         for name, suite in self.suites.items():
             named = [(task.name, task.metric) for task in suite.tasks]
             twice = next((pair for pair in named if named.count(pair) > 1), None)
@@ -112,6 +116,34 @@ class Experiment(Settings):
     def resolved_arms(self) -> dict[str, ResolvedArm]:
         """Every arm, sweeps included, with its complete method. Order as written."""
         return resolve_arms(self.method, self.arms, self.sweeps)
+
+    @property
+    def trials(self) -> dict[str, list[Trial]]:
+        """The trials of every tuned arm, in the order of the arms; empty without tuning."""
+        return self._tuning[0]
+
+    @cached_property
+    def _tuning(self) -> tuple[dict[str, list[Trial]], list[str]]:
+        """The trials of every tuned arm, and what is wrong with the tuning."""
+        if self.tune is None:
+            return {}, []
+        known = self.resolved_arms
+        chosen = list(known) if self.tune.arms == "all" else self.tune.arms
+        problems = [unknown_name("tune.arms", name, known) for name in chosen if name not in known]
+        if problems:
+            return {}, problems
+        if self.tune.seed in self.seeds:
+            problems.append(
+                f"tune.seed: {self.tune.seed} is one of `seeds`; a student chosen by the luck of its own seed would "
+                "flatter its arm: take another"
+            )
+        written = expand_sweeps(self.arms, self.sweeps)
+        arms = {name: (arm, written[name].patch) for name, arm in known.items() if name in chosen}
+        trials = {}
+        for name, (arm, patch) in arms.items():
+            trials[name], found = trials_of(self.tune, arm, patch, self.training, self.signals)
+            problems += found
+        return trials, problems + list(unused_keys(self.tune, arms))
 
     @property
     def factorial(self) -> Factorial | None:

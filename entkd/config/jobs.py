@@ -12,7 +12,8 @@ from entkd.config.arms import ResolvedArm
 from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.config.experiment import Experiment
 from entkd.config.scoring import ReportedSuite, Suite, Task
-from entkd.config.stages import SyntheticData
+from entkd.config.stages import SyntheticData, Training
+from entkd.config.tune import Trial, at_point
 from entkd.config.words import changed as _changed
 from entkd.names import FIDELITY
 
@@ -49,6 +50,16 @@ def arm_settings(experiment: Experiment, arm: ResolvedArm) -> dict[str, Any]:
     return {"method": arm.trained_method, "training": experiment.training.model_dump(mode="json")}
 
 
+def trial_settings(trial: Trial) -> dict[str, Any]:
+    """For training one trial: what its arm would be told if it were written with these settings."""
+    return {"method": trial.arm.trained_method, "training": trial.training.model_dump(mode="json")}
+
+
+def choice_settings(experiment: Experiment, arm: str) -> dict[str, Any]:
+    """For choosing among an arm's trials."""
+    return {"trials": [{"name": trial.name, "point": trial.point} for trial in experiment.trials[arm]]}
+
+
 def suite_settings(suite: ReportedSuite) -> dict[str, Any]:
     """For scoring; direction, `min_gap` and `scale` are the table's business."""
     settings = suite.model_dump(mode="json", include=set(Suite.model_fields))
@@ -73,12 +84,48 @@ def analysis_settings(experiment: Experiment) -> dict[str, Any]:
             for metric, direction in FIDELITY_METRICS:
                 shared = {"metric": metric, "direction": direction, "min_gap": 0.0, "scale": 1.0}
                 tasks.append({"suite": name, "task": FIDELITY} | shared)
-    return {
+    settings = {
         "analysis": experiment.analysis.model_dump(mode="json"),
         "arms": arms,
         "tasks": tasks,
         "primary": experiment.factorial.primary if experiment.factorial else [],
     }
+    if experiment.training.budget is not None:
+        settings["budget"] = experiment.training.budget.words
+    if experiment.tune is not None:
+        arms_settings = {name: experiment.resolved_arms[name].model_dump(mode="json") for name in experiment.trials}
+        training = experiment.training.model_dump(mode="json")
+        settings["tune"] = {"arms": arms_settings, "training": training}
+    return settings
+
+
+def with_choices(settings: dict[str, Any], points: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Analysis or figure settings with the tuned arms as they were trained.
+
+    Parameters
+    ----------
+    settings
+        Of :func:`analysis_settings` or :func:`figure_settings`.
+    points
+        Tuned arm → the point that was chosen.
+    """
+    training = Training.model_validate(settings["tune"]["training"])
+    tuned = {
+        name: at_point(ResolvedArm.model_validate(arm), training, points[name])[0]
+        for name, arm in settings["tune"]["arms"].items()
+        if name in points
+    }
+    arms = [_arm_in_words(tuned[arm["name"]]) if arm["name"] in tuned else arm for arm in settings["arms"]]
+    changed = settings | {"arms": arms}
+    if "method" in settings:
+        drawn = {}
+        for component, shown in settings["method"].items():
+            first = next(arm["name"] for arm in settings["arms"] if arm[component])
+            drawn[component] = (
+                getattr(tuned[first].method, component).model_dump(mode="json") if first in tuned else shown
+            )
+        changed["method"] = drawn
+    return changed
 
 
 def figure_settings(experiment: Experiment) -> dict[str, Any]:

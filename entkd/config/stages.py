@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from entkd.config.budget import Budget
 from entkd.settings import Settings
 
 Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")]
@@ -19,9 +20,11 @@ class Training(Settings):
     """One training run: length, batch, optimizer, precision, checkpoints."""
 
     steps: int | None = Field(None, ge=1)
-    """Optimizer steps. Give this or `epochs`."""
+    """Optimizer steps. Give this, `epochs` or `budget`."""
     epochs: float | None = Field(None, gt=0)
-    """Passes over the training documents. Give this or `steps`."""
+    """Passes over the training documents. Give this, `steps` or `budget`."""
+    budget: Budget | None = None
+    """What each run may spend, from which its number of steps follows. Give this, `steps` or `epochs`."""
     block: int = Field(512, ge=8)
     """Tokens in a packed block; also the longest document."""
     blocks_per_step: int = Field(2, ge=1)
@@ -51,13 +54,28 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _one_length(self) -> Training:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
+        if sum(length is not None for length in (self.steps, self.epochs, self.budget)) != 1:
+            raise ValueError("give exactly one of steps, epochs and budget")
         if self.blocks_per_step % self.micro_blocks:
             raise ValueError(
                 f"blocks_per_step {self.blocks_per_step} is not a multiple of micro_blocks {self.micro_blocks}"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the key of a budget where there is none: runs without one keep their identity."""
+        written: dict[str, Any] = handler(self)
+        if self.budget is None:
+            written.pop("budget", None)
+        return written
+
+    @property
+    def length(self) -> str:
+        """How long the run is, in words."""
+        if self.budget is not None:
+            return self.budget.words
+        return f"{self.steps} steps" if self.steps is not None else f"{self.epochs:g} epochs"
 
 
 class Teacher(Settings):
@@ -92,6 +110,8 @@ class Teacher(Settings):
                 raise ValueError(f"`{key}` means nothing with `source: {self.source}`; remove it or change the source")
         if (self.prepare == "finetune") != (self.finetune is not None):
             raise ValueError("`finetune` settings and `prepare: finetune` go together")
+        if self.finetune is not None and self.finetune.budget is not None and self.finetune.budget.seconds is not None:
+            raise ValueError("finetune.budget: seconds are measured for arms alone; give tokens, tflops, or steps")
         return self
 
 

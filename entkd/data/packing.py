@@ -5,6 +5,7 @@ Shape suffixes: B blocks, L tokens of a block, N predicting positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -125,23 +126,31 @@ def plan_batches(
 
 
 def plan_steps(corpus: Corpus, settings: Training, seed: int) -> list[list[Block]]:
-    """Which blocks each optimizer step sees: every step exactly ``blocks_per_step`` blocks.
+    """Which blocks each optimizer step sees, where the settings say how many steps or epochs.
 
-    The documents are shuffled anew in each epoch and packed; a step may span two epochs. With ``epochs`` the
-    number of steps is rounded up, and the last step is filled from the epoch that would follow.
+    With ``epochs`` the number of steps is rounded up, and the last step is filled from the epoch that would follow.
 
     Raises
     ------
     UserError
         If a document is longer than a block.
     """
-    stream = _shuffled_blocks(corpus.lengths, settings.block, seed)
     if settings.steps is not None:
         steps = settings.steps
     else:
-        assert settings.epochs is not None  # the settings hold exactly one of the two
+        assert settings.epochs is not None  # a budget is planned by who knows what a step costs
         steps = _steps_of_epochs(corpus.lengths, settings, settings.epochs, seed)
-    return [[next(stream) for _ in range(settings.blocks_per_step)] for _ in range(steps)]
+    return list(itertools.islice(stream_steps(corpus, settings, seed), steps))
+
+
+def stream_steps(corpus: Corpus, settings: Training, seed: int) -> Iterator[list[Block]]:
+    """The blocks of one optimizer step after another, without end: each exactly ``blocks_per_step`` blocks.
+
+    The documents are shuffled anew in each epoch and packed; a step may span two epochs.
+    """
+    stream = _shuffled_blocks(corpus.lengths, settings.block, seed)
+    while True:
+        yield [next(stream) for _ in range(settings.blocks_per_step)]
 
 
 def _shuffled_blocks(lengths: NDArray[np.int64], block: int, seed: int) -> Iterator[Block]:

@@ -29,8 +29,10 @@ def training_tflops(
     teacher_width: int | None,
     scanned_tokens: int = 0,
     scanned_positions: int = 0,
+    projected: int = 0,
+    projector_width: int = 0,
 ) -> float:
-    """TFLOPs of a run: forward and backward of the student, and the teacher's output projection.
+    """TFLOPs of a run: forward and backward of the student and the projectors, and the teacher's output projection.
 
     Parameters
     ----------
@@ -43,6 +45,10 @@ def training_tflops(
     scanned_tokens, scanned_positions
         Tokens and response tokens that the student was run over once more without gradient, because an approach reads
         its outputs before it weighs them.
+    projected
+        Tokens with a feature loss, times its layer pairs.
+    projector_width
+        Width that linear projectors map to; 0 where there are none.
 
     Notes
     -----
@@ -54,4 +60,5 @@ def training_tflops(
     teacher = 2.0 * (teacher_width or 0) * vocab_size * positions
     scan = trunk_flops_per_token(student, block) * scanned_tokens
     scan += 2.0 * (int(student.config.hidden_size) + (teacher_width or 0)) * vocab_size * scanned_positions
-    return (trunk + head + teacher + scan) / 1e12
+    projectors = 3 * 2.0 * int(student.config.hidden_size) * projector_width * projected
+    return (trunk + head + teacher + scan + projectors) / 1e12

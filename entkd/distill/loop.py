@@ -23,16 +23,16 @@ from entkd.checkpoint import ResumeFolder, StopRequest
 from entkd.config import Method, Training
 from entkd.curriculum import progress_schedule
 from entkd.data import Corpus
-from entkd.data.packing import collate, plan_steps
+from entkd.data.packing import collate
 from entkd.distill.approach import response_lengths
 from entkd.distill.distributed import World
 from entkd.distill.evaluate import dev_nll
-from entkd.distill.flops import training_tflops
 from entkd.distill.metrics import Metrics
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import write_outputs
-from entkd.distill.scan import needs_scan, scanned, with_factors
+from entkd.distill.plan import Costs, plan_run
+from entkd.distill.scan import needs_scan, with_factors
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
@@ -62,6 +62,8 @@ class Run:
     """Minutes between two resume checkpoints."""
     log_every: int
     """Steps between two looks at the loss on the device."""
+    trial: bool = False
+    """Whether this is a trial of tuning: its weights are left out, and where it diverges, that is its result."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,6 +74,17 @@ class Run:
     def title(self) -> str:
         """The run in the log, e.g. `kd/seed0`."""
         return f"{self.output.parent.name}/{self.output.name}"
+
+
+def diverged(run: Run, nll: float, step: int) -> bool:
+    """Whether the dev loss is no number any more: the result of a trial, the end of any other run."""
+    if math.isfinite(nll):
+        return False
+    says = f"{run.title}: the dev loss is {nll} at step {step}"
+    if not run.trial:
+        raise UserError(f"{says}; lower training.lr, set training.clip")
+    print(says, file=sys.stderr, flush=True)
+    return True
 
 
 def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) -> None:
@@ -105,7 +118,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         targets.use_student(student_R)
 
     # ── schedule: known as a whole before the first step ──────────────────────────────────────────────────────
-    steps = plan_steps(corpus, training, seed)
+    costs = Costs.of(student, corpus, targets, training, vocab_size)
+    steps = plan_run(corpus, training, seed, costs)
     rates = learning_rates(training, len(steps))
     progress = progress_schedule(rates, method.curriculum.progress if method.curriculum is not None else "lr")
     optimizer = build_optimizer(
@@ -116,7 +130,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
-    best_nll, best_step = math.inf, 0
+    best_nll, best_step, nll = math.inf, 0, math.nan
     state = resume.load()
     if state is not None:
         objective.load_state_dict(state["objective"])
@@ -204,15 +218,13 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             )
             if step % training.eval_every == 0 or step == len(steps):
                 nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
-                if not math.isfinite(nll):
-                    raise UserError(
-                        f"{run.title}: the dev loss is {nll} at step {step}; lower training.lr, set training.clip"
-                    )
                 metrics.flush()
+                if diverged(run, nll, step):
+                    break
                 metrics.rows.append({"step": step, "dev_nll": nll})
                 if training.checkpoint == "best" and nll < best_nll:
                     best_nll, best_step = nll, step
-                    if world.leads:
+                    if world.leads and not run.trial:
                         resume.save_best(student, step)
             if step % run.log_every == 0 or step == len(steps):
                 metrics.flush()
@@ -236,9 +248,10 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     if world.leads:
         metrics.flush()
         seconds = seconds_before + time.monotonic() - began
-        if training.checkpoint == "best":
+        if training.checkpoint == "best" and not run.trial:
             resume.load_best(student, best_step)
-        teacher_width = targets.store.width if targets.store is not None and targets.head_UE is not None else None
+        if math.isfinite(nll) and training.checkpoint == "best":
+            nll = best_nll
         record = {
             "arm": run.settings,
             "identity": resume.identity,
@@ -253,22 +266,16 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "compiled_product": dtype == torch.bfloat16 and device.type == "cpu" and native.available(),
             "steps": len(steps),
             "best_step": best_step or len(steps),
+            "dev_nll": nll if math.isfinite(nll) else None,
             "tokens": tokens,
             "positions": positions,
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": training_tflops(
-                student,
-                tokens,
-                positions,
-                training.block,
-                vocab_size,
-                teacher_width,
-                *scanned(method, training, tokens, positions),
-            ),
+            "tflops": costs.tflops(steps[:step]),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             "resumed": resumed,
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        write_outputs(output, student, load_tokenizer(run.student), training.save_dtype, metrics.rows, record)
+        kept = None if run.trial else (student, load_tokenizer(run.student))
+        write_outputs(output, kept, training.save_dtype, metrics.rows, record)

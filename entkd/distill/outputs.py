@@ -33,13 +33,15 @@ def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_outputs(
     output: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    kept: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
     save_dtype: str,
     metrics: list[dict[str, Any]],
     record: dict[str, Any],
 ) -> None:
-    """Write ``model/``, ``metrics.jsonl`` and, last, ``run.json``."""
-    save_model(model.to(getattr(torch, save_dtype)), tokenizer, output / "model")
+    """Write ``model/`` where the model is kept, ``metrics.jsonl`` and, last, ``run.json``."""
+    if kept is not None:
+        model, tokenizer = kept
+        save_model(model.to(getattr(torch, save_dtype)), tokenizer, output / "model")
+        record = record | {"weights_sha256": weights_sha256(output / "model")}
     write_metrics(output / "metrics.jsonl", metrics)
-    write_json(output / "run.json", record | {"weights_sha256": weights_sha256(output / "model")})
+    write_json(output / "run.json", record)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from entkd.components import token_plan
@@ -25,6 +27,7 @@ from entkd.data.packing import Batch
 from entkd.difficulty import training_difficulty
 from entkd.distill.objective import MicroBatch
 from entkd.errors import UserError
+from entkd.features import select_tokens
 from entkd.signals import SignalStore
 from entkd.sparse import SparseTarget
 
@@ -129,6 +132,19 @@ class TeacherTargets:
                 f"{list(store.feature_layers)}; their number must be a multiple of it, see signals.features.points"
             )
         return store.feature_layers[stride - 1 :: stride]
+
+    def feature_tokens(self, documents: int) -> NDArray[np.int64]:
+        """(documents,) tokens with a feature loss of each document: known before training, as the difficulty is."""
+        features = self.method.features
+        if features is None:
+            return np.zeros(documents, dtype=np.int64)
+        assert self.difficulty_R is not None
+        tokens_R = torch.arange(len(self.difficulty_R)) if features.tokens == "random" else None
+        # A moving θ at its middle: the costs of the steps are summed, and projectors are a small part of them.
+        chosen_R = select_tokens(self.difficulty_R, features, tokens_R, self.seed, progress=0.5)
+        lengths = torch.as_tensor(self._corpus.response_lengths, dtype=torch.long)
+        document_R = torch.repeat_interleave(torch.arange(documents), lengths)
+        return torch.bincount(document_R[chosen_R], minlength=documents).numpy()
 
     def step(self, batches: Sequence[Batch], progress: float) -> Step:
         """Targets of one optimizer step.

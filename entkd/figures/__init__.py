@@ -9,12 +9,14 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
+from entkd.config.jobs import with_choices
 from entkd.figures.cost import draw_cost
 from entkd.figures.curves import draw_curves
 from entkd.figures.dots import draw_tasks
 from entkd.figures.entropy import draw_entropy
 from entkd.figures.intervals import draw_effects, draw_forest
 from entkd.figures.style import STYLE, Study, save
+from entkd.tuning import chosen_points
 
 __all__ = ["make_figures"]
 
@@ -28,6 +30,7 @@ def make_figures(
     curves: Path | None,
     entropy: Path | None,
     output: Path,
+    tuning: Path | None = None,
 ) -> None:
     """Draw what the given tables allow, as pdf, svg and png in ``output``; print what is skipped and why.
 
@@ -42,12 +45,16 @@ def make_figures(
         Effects of the components, costs, learning curves, histograms of the teacher's entropy; each may be None.
     output
         Folder of the figures.
+    tuning
+        The trials of tuned arms: the entropy figure then draws what was chosen.
 
     Raises
     ------
     FileNotFoundError
         If a given file is missing.
     """
+    if tuning is not None:
+        settings = with_choices(dict(settings), chosen_points(pd.read_csv(tuning, dtype={"arm": str})))
     study = Study(settings, pd.read_csv(scores), pd.read_csv(table))
     costs = None if runs is None else pd.read_csv(runs)
     with matplotlib.rc_context(fname=STYLE):

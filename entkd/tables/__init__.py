@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from entkd.config.jobs import with_choices
 from entkd.tables.arms import arm_table
+from entkd.tables.budget import budget_notes
 from entkd.tables.effects import effect_table
 from entkd.tables.latex import to_latex
 from entkd.tables.measured import measure, read_items, read_runs, read_scores
 from entkd.tables.wide import to_markdown, wide_tables
+from entkd.tuning import chosen_points, notes
 
 __all__ = ["make_tables"]
 
@@ -25,6 +30,7 @@ def make_tables(
     markdown: Path,
     latex: Path,
     effects: Path,
+    tuning: Path | None = None,
 ) -> None:
     """Analyse scores and write the tables. The same input gives the same bytes.
 
@@ -42,17 +48,23 @@ def make_tables(
         CSV with what each student cost; without it those columns are blank.
     csv, markdown, latex, effects
         Where to write.
+    tuning
+        CSV with the trials of tuned arms; read where the settings have a ``tune``.
 
     Raises
     ------
     UserError
         If a column, arm, metric or item that the analysis needs is not there, or items do not average to their score.
     """
+    trials = None if tuning is None else pd.read_csv(tuning, dtype={"arm": str})
+    if trials is not None:
+        settings = with_choices(settings, chosen_points(trials))
     measured = measure(settings, read_scores(scores), None if items is None else read_items(items))
     effect_rows = effect_table(settings, measured)
     costs = None if runs is None else read_runs(runs)
     table = arm_table(settings, measured, effect_rows, costs)
-    wide = wide_tables(settings, table, effect_rows, costs)
+    more = budget_notes(settings, costs) + (() if trials is None else notes(settings, trials))
+    wide = wide_tables(settings, table, effect_rows, costs, more)
     for path in (csv, markdown, latex, effects):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(csv, index=False, float_format=FLOATS)

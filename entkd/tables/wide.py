@@ -35,13 +35,18 @@ class Wide:
 
 
 def wide_tables(
-    settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame, runs: pd.DataFrame | None = None
+    settings: dict[str, Any],
+    table: pd.DataFrame,
+    effects: pd.DataFrame,
+    runs: pd.DataFrame | None = None,
+    notes: tuple[str, ...] = (),
 ) -> list[Wide]:
-    """The arms, and the factorial's effects where there are any; ``runs`` are the costs of every run."""
+    """The arms, and the factorial's effects where there are any; ``runs`` are the costs of every run, ``notes`` more
+    footnotes of the first table."""
     arms = Wide(
         f"Every arm against {settings['analysis']['reference']}",
         _arm_cells(table),
-        _arm_notes(settings, table) + _ledger(runs),
+        _arm_notes(settings, table) + _ledger(runs) + notes,
     )
     design = factorial_of(settings["arms"])
     if design is None or effects.empty:

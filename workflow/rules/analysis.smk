@@ -10,6 +10,7 @@ rule ablation_table:
         scores=result("scores.csv"),
         per_item=result("items.parquet"),
         runs=result("runs.csv"),
+        tuning=tuning(),
     output:
         csv=report(
             "<results>/ablation_table.csv",
@@ -31,7 +32,7 @@ rule ablation_table:
         settings=canonical_json(jobs.analysis_settings(experiment)),
     shell:
         "entkd table --settings {params.settings:q} --scores {input.scores:q} --items {input.per_item:q}"
-        " --runs {input.runs:q} --output {output.csv:q} --markdown {output.markdown:q} --latex {output.latex:q}"
+        " --runs {input.runs:q} --tuning {input.tuning:q} --output {output.csv:q} --markdown {output.markdown:q} --latex {output.latex:q}"
         " --effects {output.effects:q} > {log:q} 2>&1"
 
 
@@ -43,6 +44,7 @@ rule figures:
         runs=result("runs.csv"),
         curves=result("curves.csv"),
         entropy=entropy_histogram(),
+        tuning=tuning(),
     output:
         report(
             expand("<results>/figures/{name}.svg", name=figures()),
@@ -60,4 +62,4 @@ rule figures:
     shell:
         "entkd figures --settings {params.settings:q} --scores {input.scores:q} --table {input.table:q}"
         " --effects {input.effects:q} --runs {input.runs:q} --curves {input.curves:q} --entropy {input.entropy:q}"
-        " --output {params.folder:q} > {log:q} 2>&1"
+        " --tuning {input.tuning:q} --output {params.folder:q} > {log:q} 2>&1"

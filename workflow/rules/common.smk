@@ -58,6 +58,8 @@ if workflow.nodes is None and "mem_mb" not in workflow.global_resources:
     workflow.register_resource("mem_mb", max(MEMORY_MB, memory_mib()))
 
 pipelines = set()
+# Data on which a pipeline that trains by the rule `distill` trains. Others can neither be tuned nor timed.
+training_data = {"distill": "<data>"}
 
 
 def arms_of(pipeline: str) -> str:
@@ -74,6 +76,20 @@ def require_known_pipelines() -> None:
         if arm.pipeline not in pipelines:
             path = f"arms.{arm.name}.pipeline"
             raise WorkflowError(unknown_name(path, arm.pipeline, pipelines))
+
+
+def require_timed_pipelines() -> None:
+    """Refuse tuned arms, and arms with a budget of seconds, whose pipeline cannot be run for a trial."""
+    for name, arm in experiment.resolved_arms.items():
+        if arm.pipeline not in training_data and name in experiment.trials:
+            raise WorkflowError(
+                f"tune.arms: arm `{name}` has the pipeline `{arm.pipeline}`, which has no trials; leave it out"
+            )
+        if arm.pipeline not in training_data and measured_budget(name):
+            raise WorkflowError(
+                f"training.budget.seconds: arm `{name}` has the pipeline `{arm.pipeline}`, which is not timed; give "
+                "tokens or tflops, or leave it out"
+            )
 
 
 def local_files(folder) -> list[str]:
@@ -106,7 +122,7 @@ def task_files(wildcards) -> list[str]:
 
 def initial_student(wildcards) -> str:
     """The untrained student; its weights depend on the seed only where they are random."""
-    seed = wildcards.seed if experiment.student.init == "scratch" else 0
+    seed = wildcards.get("seed", experiment.seeds[0]) if experiment.student.init == "scratch" else 0
     return f"<results>/students/untrained/seed{seed}/manifest.json"
 
 
@@ -118,6 +134,38 @@ def signals_for(data: str):
         return f"<results>/signals/<teacher>/{data}/manifest.json" if arm.method.needs_signals else []
 
     return signals
+
+
+def data_of_arm(wildcards) -> str:
+    """The data that a tuned or timed arm trains on."""
+    data = training_data[experiment.resolved_arms[wildcards.arm].pipeline]
+    return f"<results>/data/{data}/manifest.json"
+
+
+def signals_of_arm(wildcards):
+    """The signals that a tuned or timed arm reads."""
+    return signals_for(training_data[experiment.resolved_arms[wildcards.arm].pipeline])(wildcards)
+
+
+def measured_budget(arm: str) -> list[str]:
+    """The number of steps that an arm's budget of seconds was measured to be, as a patch of its settings."""
+    budget = experiment.training.budget
+    return [f"<results>/budget/{arm}.json"] if budget is not None and budget.seconds is not None else []
+
+
+def patches_of_trial(wildcards) -> list[str]:
+    return measured_budget(wildcards.arm)
+
+
+def patches_of_arm(wildcards) -> list[str]:
+    """What is known of an arm's settings only when other jobs have run: the steps of its budget, the chosen trial."""
+    chosen = [f"<results>/tuning/{wildcards.arm}.json"] if wildcards.arm in experiment.trials else []
+    return [*measured_budget(wildcards.arm), *chosen]
+
+
+def patches(wildcards, input) -> list[str]:
+    """The input `patches` of a job, nothing where its rule has none. Snakemake compares no params that read inputs."""
+    return input.get("patches", [])
 
 
 def fidelity_signals(wildcards):
@@ -135,6 +183,29 @@ def scored_model(wildcards) -> str:
 
 def arm_settings(wildcards) -> str:
     return canonical_json(jobs.arm_settings(experiment, experiment.resolved_arms[wildcards.arm]))
+
+
+def trial_of(wildcards):
+    return next(trial for trial in experiment.trials[wildcards.arm] if trial.name == wildcards.trial)
+
+
+def trial_settings(wildcards) -> str:
+    return canonical_json(jobs.trial_settings(trial_of(wildcards)))
+
+
+def choice_settings(wildcards) -> str:
+    return canonical_json(jobs.choice_settings(experiment, wildcards.arm))
+
+
+def trials_of_arm(wildcards) -> list[str]:
+    """Records of all trials of an arm."""
+    names = [trial.name for trial in experiment.trials[wildcards.arm]]
+    return [f"<results>/tuning/{wildcards.arm}/{name}/seed{experiment.tune.seed}/run.json" for name in names]
+
+
+def tuned_arms() -> str:
+    """The wildcard constraint of the arms that are tuned."""
+    return "|".join(map(re.escape, experiment.trials)) or "(?!)"
 
 
 def suite_settings(wildcards) -> str:
@@ -170,6 +241,11 @@ if PUBLISHED:
 def result(name: str) -> list[str]:
     """A collected file as input of the analysis; beside published scores the others may be missing."""
     return [] if PUBLISHED and not Path(experiment.results, name).is_file() else [f"<results>/{name}"]
+
+
+def tuning() -> list[str]:
+    """The trials of tuned arms, where there are any."""
+    return result("tuning.csv") if experiment.trials else []
 
 
 def entropy_histogram() -> list[str]:

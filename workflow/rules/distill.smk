@@ -10,6 +10,7 @@ rule distill:
         student=initial_student,
         data="<results>/data/<data>/manifest.json",
         signals=signals_for("<data>"),
+        patches=patches_of_arm,
     output:
         run="<results>/students/{arm}/seed{seed}/run.json",
         metrics="<results>/students/{arm}/seed{seed}/metrics.jsonl",
@@ -30,7 +31,9 @@ rule distill:
         student=subpath(input.student, parent=True),
         data=subpath(input.data, parent=True),
         folder=subpath(output.run, parent=True),
+        patches=patches,
     shell:
-        "entkd distill --settings {params.settings:q} --seed {wildcards.seed} --student {params.student:q}"
+        "entkd distill --settings {params.settings:q} --patches {params.patches:q} --seed {wildcards.seed}"
+        " --student {params.student:q}"
         f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
         " --data {params.data:q} --signals {input.signals:q} --output {params.folder:q} > {log:q} 2>&1"

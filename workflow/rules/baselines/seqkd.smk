@@ -4,6 +4,9 @@ Requires arms with `pipeline: seqkd`, the teacher and the data. Outputs `data/{d
 """
 
 
+training_data["seqkd"] = "<data>.seqkd"
+
+
 rule seqkd_data:
     input:
         teacher="<results>/teachers/<teacher>/manifest.json",
@@ -32,6 +35,7 @@ use rule distill as seqkd with:
         student=initial_student,
         data="<results>/data/<data>.seqkd/manifest.json",
         signals=signals_for("<data>.seqkd"),
+        patches=patches_of_arm,
     wildcard_constraints:
         arm=arms_of("seqkd"),
         seed=r"\d+",

@@ -1,0 +1,107 @@
+"""The steps of a run, known as a whole before the first one, and what they cost by analysis.
+
+A budget of tokens or TFLOPs becomes a number of steps here: as many whole ones as fit into it. A budget of seconds
+became one before, in a job of its own (``calibration.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from entkd.config import Training
+from entkd.data import Corpus
+from entkd.data.packing import Block, plan_steps, stream_steps
+from entkd.distill.flops import training_tflops
+from entkd.distill.scan import scanned
+from entkd.distill.targets import TeacherTargets
+from entkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What steps cost: their tokens and positions by counting, their TFLOPs by analysis, linear in both."""
+
+    response_lengths: NDArray[np.int64]
+    """(documents,) response tokens of each document."""
+    feature_tokens: NDArray[np.int64]
+    """(documents,) tokens with a feature loss of each document."""
+    block: int
+    """Tokens of a block."""
+    per_token: float
+    """TFLOPs of a token through the trunk."""
+    per_position: float
+    """TFLOPs of a response token through the output projections."""
+    per_feature_token: float
+    """TFLOPs of a token through the projectors."""
+
+    @classmethod
+    def of(
+        cls, student: PreTrainedModel, corpus: Corpus, targets: TeacherTargets, training: Training, vocab_size: int
+    ) -> Costs:
+        """The costs of one arm on one corpus."""
+        store, features, block = targets.store, targets.method.features, training.block
+        teacher_width = store.width if store is not None and targets.head_UE is not None else None
+        pairs = 0 if features is None else len(features.layers) if features.layers else features.points
+        linear = features is not None and features.projector == "linear"
+        width = store.width if store is not None and linear else 0
+        tokens, positions = scanned(targets.method, training, 1, 1)
+        return cls(
+            corpus.response_lengths,
+            targets.feature_tokens(len(corpus)),
+            block,
+            training_tflops(student, 1, 0, block, vocab_size, teacher_width, scanned_tokens=tokens),
+            training_tflops(student, 0, 1, block, vocab_size, teacher_width, scanned_positions=positions),
+            training_tflops(student, 0, 0, block, vocab_size, None, projected=pairs, projector_width=width),
+        )
+
+    def tokens(self, step: Sequence[Block]) -> int:
+        """Response tokens of a step."""
+        return sum(int(self.response_lengths[documents].sum()) for documents in step)
+
+    def tflops(self, steps: Sequence[Sequence[Block]]) -> float:
+        """TFLOPs of steps."""
+        blocks = [documents for step in steps for documents in step]
+        positions = sum(int(self.response_lengths[documents].sum()) for documents in blocks)
+        features = sum(int(self.feature_tokens[documents].sum()) for documents in blocks)
+        return (
+            self.per_token * self.block * len(blocks)
+            + self.per_position * positions
+            + self.per_feature_token * features
+        )
+
+
+def plan_run(corpus: Corpus, training: Training, seed: int, costs: Costs) -> list[list[Block]]:
+    """Which blocks each optimizer step sees, for every way to say how long a run is.
+
+    Raises
+    ------
+    UserError
+        If a budget is less than the first step costs, or one of seconds has not been measured yet.
+    """
+    budget = training.budget
+    if budget is None:
+        return plan_steps(corpus, training, seed)
+    if budget.seconds is not None:
+        raise UserError(
+            "training.budget.seconds: how many steps that are is measured before training; run `entkd calibrate` and "
+            "give its output to `entkd distill --patches`"
+        )
+    limit, spent = float(budget.tokens or budget.tflops or math.nan), 0.0
+    steps: list[list[Block]] = []
+    for step in stream_steps(corpus, training, seed):
+        spent += costs.tokens(step) if budget.tokens is not None else costs.tflops([step])
+        if spent > limit:
+            break
+        steps.append(step)
+    if not steps:
+        raise UserError(
+            f"training.budget: {budget.words} is less than the first step costs, {spent:.3g}; raise it, or lower "
+            "training.blocks_per_step"
+        )
+    return steps

@@ -104,7 +104,7 @@ def _distill(args: argparse.Namespace) -> None:
 
     arm = _parse(args.settings, ArmSettings)
     inputs = (args.student, args.data, args.signals)
-    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every)
+    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every, args.teacher)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -231,7 +231,7 @@ STAGES: dict[str, Stage] = {
     "distill": (
         _distill,
         "train one student",
-        "--settings --seed --student --data --signals? --output --save-minutes --log-every",
+        "--settings --seed --student --data --signals? --teacher? --output --save-minutes --log-every",
     ),
     "score": (
         _score,

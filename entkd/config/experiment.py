@@ -13,6 +13,7 @@ from entkd.config.arms import Arm, ResolvedArm, resolve_arms
 from entkd.config.base import Settings
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
+from entkd.config.pipelines import lacking_pipeline
 from entkd.config.scoring import Analysis, ReportedSuite
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Data, Slug, Student, Teacher, Training
@@ -93,7 +94,7 @@ class Experiment(Settings):
         problems += [
             f"arms.{arm.name}.{key}: {why}"
             for arm in resolved.values()
-            for key, why in lacking_signals(arm.method, self.signals)
+            for key, why in (*lacking_signals(arm.method, self.signals), *lacking_pipeline(arm.pipeline, arm.method))
         ]
         for name, suite in self.suites.items():
             named = [(task.name, task.metric) for task in suite.tasks]

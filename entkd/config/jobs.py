@@ -131,5 +131,7 @@ def _terms(arm: ResolvedArm) -> str:
     if method.ce is not None:
         terms.append(f"ce{_changed(method.ce)}")
     pipeline = "" if arm.pipeline == "distill" else f"{arm.pipeline}: "
+    if method.on_policy is not None:
+        pipeline = f"{method.on_policy.name}{_changed(method.on_policy, 'name')}: "
     by = f", difficulty {method.difficulty.scale}" if method.needs_difficulty and _changed(method.difficulty) else ""
     return f"{pipeline}{' + '.join(terms)}{by}"

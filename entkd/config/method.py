@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from entkd.config.base import Settings
+from entkd.methods.distillm import DistiLLM
+from entkd.methods.gkd import GKD
 
 
 class _Divergence(Settings):
@@ -120,6 +122,10 @@ DIVERGENCE_NAMES = (
 )
 
 
+OnPolicy = Annotated[GKD | DistiLLM, Field(discriminator="name")]
+"""When the student writes the text that it is trained on."""
+
+
 class CrossEntropy(Settings):
     """Cross-entropy on the data's own tokens."""
 
@@ -210,8 +216,11 @@ class Method(Settings):
     """Feature distillation on hard tokens."""
     difficulty: Difficulty = Difficulty()
     """How entropy becomes difficulty, where a component needs it."""
+    on_policy: OnPolicy | None = Field(None, exclude_if=lambda value: value is None)
+    """Steps on text that the student writes and the teacher then reads (`pipeline: onpolicy`). A bare name stands for
+    that schedule with its defaults."""
 
-    @field_validator("divergence", mode="before")
+    @field_validator("divergence", "on_policy", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
@@ -224,6 +233,17 @@ class Method(Settings):
             for name in ("curriculum", "temperature"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} shapes the divergence term, which is null here; set {name}: null")
+        if self.on_policy is not None:
+            if self.divergence is None:
+                raise ValueError(
+                    f"on_policy: {self.on_policy.name} has the teacher judge what the student writes, by a divergence, "
+                    "which is null here; set one, or remove on_policy"
+                )
+            if self.ce is not None:
+                raise ValueError(
+                    f"ce would teach the student the text that it wrote itself under on_policy: {self.on_policy.name}; "
+                    "remove one of the two"
+                )
         return self
 
     @property

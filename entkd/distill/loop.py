@@ -31,6 +31,7 @@ from entkd.distill.metrics import Metrics
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import write_outputs
+from entkd.distill.source import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
 from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
@@ -51,6 +52,8 @@ class Run:
     """Folder of the prepared data."""
     signals: Path | None
     """Manifest of the teacher's signals."""
+    teacher: Path | None
+    """Folder of the teacher itself, for methods in which it reads what the student writes."""
     output: Path
     """Folder of the run."""
     dtype: torch.dtype
@@ -105,10 +108,16 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         student, projectors, training, method.features.projector_lr if method.features is not None else None
     )
 
+    def evaluate() -> float:
+        return dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+
+    source = step_source(run, steps, targets, corpus, student, pad_id, world, device, evaluate)
+
     # ── where an interrupted run stopped ──────────────────────────────────────────────────────────────────────
     torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
+    tokens = positions = 0
     best_nll, best_step = math.inf, 0
     state = resume.load()
     if state is not None:
@@ -120,6 +129,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         metrics.rows = json.loads(state["metrics"])
         first, seconds_before, resumed = state["step"], state["seconds"], state["resumed"] + 1
         best_nll, best_step = state["best_nll"], state["best_step"]
+        tokens, positions = state["tokens"], state["positions"]
+        source.load_state(state["source"])
         threads = sorted({*state["threads"], *threads})
         print(f"{output}: continuing after step {first} of {len(steps)}", file=sys.stderr, flush=True)
         del state
@@ -139,22 +150,22 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 "threads": threads,
                 "best_nll": best_nll,
                 "best_step": best_step,
+                "tokens": tokens,
+                "positions": positions,
+                "source": source.state(),
             }
         )
         resume.prune_best(best_step)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
-    tokens = positions = 0
     saved_at = time.monotonic()
     with StopRequest() as request, Progress(run.title, len(steps), "step", first, world.leads) as bar:
         for step, blocks in enumerate(steps, start=1):
+            if step <= first:
+                continue
             micros = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
             batches = [collate(corpus, micro, training.block, pad_id) for micro in micros]
-            if step <= first:  # counted, not computed: totals of a continued run are those of a whole one
-                tokens += sum(batch.input_ids_BL.numel() for batch in batches)
-                positions += sum(len(batch.tokens_N) for batch in batches)
-                continue
-            targets_of_step = targets.step(batches, progress[step - 1])
+            targets_of_step = source.step(step, blocks, batches, progress[step - 1])
             tokens, positions = tokens + targets_of_step.tokens, positions + targets_of_step.positions
             set_learning_rate(optimizer, rates[step - 1], training)
             optimizer.zero_grad(set_to_none=True)
@@ -182,13 +193,14 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 seconds_before + time.monotonic() - began,
             )
             if step % training.eval_every == 0 or step == len(steps):
-                nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+                nll = evaluate()
                 if not math.isfinite(nll):
                     raise UserError(
                         f"{run.title}: the dev loss is {nll} at step {step}; lower training.lr, set training.clip"
                     )
                 metrics.flush()
                 metrics.rows.append({"step": step, "dev_nll": nll})
+                source.evaluated(nll)
                 if training.checkpoint == "best" and nll < best_nll:
                     best_nll, best_step = nll, step
                     if world.leads:
@@ -236,8 +248,10 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "positions": positions,
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": training_tflops(student, tokens, positions, training.block, vocab_size, teacher_width),
+            "tflops": training_tflops(student, tokens, positions, training.block, vocab_size, teacher_width)
+            + source.tflops(),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
+            **source.record(),
             "resumed": resumed,
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -30,6 +30,7 @@ def distill(
     output: Path,
     save_minutes: float = 5.0,
     log_every: int = 10,
+    teacher: Path | None = None,
 ) -> None:
     """Train one student and write ``model/``, ``metrics.jsonl`` and ``run.json`` into ``output``.
 
@@ -51,6 +52,8 @@ def distill(
         Minutes between two resume checkpoints.
     log_every
         Steps between two looks at the loss on the device, which cost a wait there.
+    teacher
+        Folder of the teacher itself; for methods with `on_policy`, in which it reads what the student writes.
 
     Raises
     ------
@@ -60,7 +63,7 @@ def distill(
     world = World.join()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = runtime.resolve_dtype(training.precision, device_type)
-    run = Run(method, training, seed, student, data, signals, output, dtype, save_minutes, log_every)
+    run = Run(method, training, seed, student, data, signals, teacher, output, dtype, save_minutes, log_every)
     resume = ResumeFolder(output, _identity(run, device_type))
     with resume.lock() if world.leads else contextlib.nullcontext(), runtime.device_slot() as device:
         world.barrier()  # nobody looks at the folder before the lock is held

@@ -87,7 +87,10 @@ def experiment(folder: Path, arms: dict[str, object], signals: dict[str, object]
         ({"on_policy": "gkd"}, r"arms\.x\.on_policy: gkd lets the teacher read .* set `pipeline: onpolicy`"),
         ({"on_policy": "gkd", "pipeline": "seqkd"}, r"`pipeline: seqkd` gives the training no teacher"),
         ({"pipeline": "onpolicy"}, r"arms\.x\.pipeline: onpolicy trains on text .* set `on_policy: gkd`"),
-        ({"pipeline": "onpolicy", "on_policy": "gdk"}, r"arms\.x\.on_policy\.name: unknown name `gdk`; did you mean `gkd`"),
+        (
+            {"pipeline": "onpolicy", "on_policy": "gdk"},
+            r"x\.on_policy\.name: unknown name `gdk`; did you mean `gkd`",
+        ),
     ],
 )
 def test_pipeline_and_method_belong_together(tmp_path: Path, arm: dict[str, object], message: str) -> None:

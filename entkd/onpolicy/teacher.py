@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class OnlineTeacher:
             )
 
     @property
-    def _content(self) -> dict[str, object]:
-        content: dict[str, object] = self._store.manifest["content"]
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = self._store.manifest["content"]
         return content
 
     @property
@@ -71,7 +72,7 @@ class OnlineTeacher:
                 self._folder,
                 self._store.vocab_size,
                 {"features": None},
-                getattr(torch, str(self._content["precision"])),
+                getattr(torch, self._content["precision"]),
                 self._device,
                 Signals.model_validate(self._content["settings"]),
                 advance=lambda _: None,

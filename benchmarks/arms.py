@@ -55,17 +55,7 @@ def measure(rows: Path, arms: int) -> dict[str, object]:
         (folder / "arms.yaml").write_text(json.dumps(described), encoding="utf-8")  # JSON is YAML
         results = folder / "results/arms"
         targets = [f"results/arms/students/{arm}/seed0/run.json" for arm in described["arms"]]
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "all",
-            "--config",
-            "experiment=arms.yaml",
-            "--",
-            *targets,
-        ]
+        command = [sys.executable, "-m", "snakemake", "--cores", "all", "--config", "experiment=arms.yaml"]
         environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         ended = subprocess.run([*command, "--", *targets], cwd=folder, env=environment, capture_output=True, text=True)
         if ended.returncode:

@@ -19,7 +19,7 @@ from signal_cases import ALL, HARD, SETTINGS, as_teacher, tree
 from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
-import entkd.signals.teacher_pass
+import entkd.models.by_document
 import entkd.signals.write
 from entkd.config import Signals
 from entkd.data import Corpus
@@ -54,7 +54,7 @@ def written(tmp_path_factory: pytest.TempPathFactory, teacher: Path, tiny_corpus
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each forward pass of the teacher."""
     counted: list[int] = []
-    plain = entkd.signals.teacher_pass.trunk_forward
+    plain = entkd.models.by_document.trunk_forward
 
     def counting(model, input_ids_BL, position_ids_BL, capture=()):
         assert not model.training
@@ -62,7 +62,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(input_ids_BL.numel())
         return plain(model, input_ids_BL, position_ids_BL, capture=capture)
 
-    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", counting)
+    monkeypatch.setattr(entkd.models.by_document, "trunk_forward", counting)
     return counted
 
 
@@ -124,7 +124,8 @@ def test_an_interrupted_write_continues_at_the_last_whole_shard(
     for shard in plan_shards(SETTINGS, HARD["splits"], tiny_corpus):
         if shard.file not in {finished.file for finished in done}:
             lengths = Corpus.open(tiny_corpus, shard.split).lengths
-            left += sum(len(blocks) * block for blocks, block in plan_batches(lengths, shard.documents, 96))
+            passes = [blocks for blocks, _ in plan_batches(lengths, shard.documents, 96)]
+            left += sum(-(-int(lengths[np.concatenate(blocks)].sum()) // 16) * 16 for blocks in passes)
     assert sum(forwards) == left
     assert json.loads((tmp_path / "manifest.json").read_text())["summary"]["shards_found"] == len(done)
 
@@ -232,17 +233,17 @@ def test_a_head_with_too_few_rows_is_refused_with_both_sizes(tiny_corpus, tiny_t
 
 def test_nan_in_the_teachers_output_names_the_document(teacher, tiny_corpus, tmp_path, monkeypatch):
     """The hidden state of one token of train-7 is NaN."""
-    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.signals.teacher_pass.trunk_forward
+    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.models.by_document.trunk_forward
     ids = torch.from_numpy(corpus.document(7)[0].astype(np.int64))
 
     def broken(model, input_ids_BL, position_ids_BL, capture=()):
         hidden_BLE, captured = plain(model, input_ids_BL, position_ids_BL, capture=capture)
-        for row in range(len(input_ids_BL)):
-            if torch.equal(input_ids_BL[row, : len(ids)], ids):
-                hidden_BLE[row, len(ids) - 2] = float("nan")
+        (starts,) = (input_ids_BL[0].unfold(0, len(ids), 1) == ids).all(1).nonzero(as_tuple=True)
+        for start in starts.tolist():
+            hidden_BLE[0, start + len(ids) - 2] = float("nan")
         return hidden_BLE, captured
 
-    monkeypatch.setattr(entkd.signals.teacher_pass, "trunk_forward", broken)
+    monkeypatch.setattr(entkd.models.by_document, "trunk_forward", broken)
     last = len(ids) - int(corpus.prompt_lengths[7]) - 1
     with pytest.raises(UserError, match=f"1 tokens, first at response token {last} of train document 'train-7'"):
         write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")

@@ -10,7 +10,7 @@ from entkd.config import Training
 from entkd.data import Corpus
 from entkd.data.packing import collate, pack
 from entkd.fused import linear_cross_entropy
-from entkd.models import output_weight, trunk_forward
+from entkd.models import output_weight, packed_states
 
 
 @torch.no_grad()
@@ -31,8 +31,7 @@ def dev_nll(
     for start in range(0, len(blocks), training.micro_blocks):
         batch = collate(corpus, blocks[start : start + training.micro_blocks], training.block, pad_id).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden_BLD, _ = trunk_forward(student, batch.input_ids_BL, batch.position_ids_BL)
-            hidden_ND = hidden_BLD.flatten(0, 1)[batch.positions_N]
+            hidden_ND, _ = packed_states(student, batch)
             total += linear_cross_entropy(hidden_ND, output_weight(student), batch.labels_N, vocab_size=vocab_size)
     student.train(was_training)
     return total.item() / corpus.response_tokens

@@ -17,6 +17,7 @@ from entkd.models.access import (
     vocab_rows,
     weights_sha256,
 )
+from entkd.models.by_document import packed_states
 from entkd.models.on_cpu import gather_embedding_gradient
 from entkd.models.student import init_student
 from entkd.models.teacher import prepare_teacher
@@ -34,6 +35,7 @@ __all__ = [
     "model_folder",
     "model_sha256",
     "output_weight",
+    "packed_states",
     "prepare_teacher",
     "save_model",
     "trunk",

@@ -49,8 +49,6 @@ class Ledger:
     """Those of them whose text came out of the buffer."""
     prompt_tokens: int = 0
     """Tokens of the prompts that the student read in order to write."""
-    trunk_tokens: int = 0
-    """Tokens through the teacher's trunk, padding included."""
     positions: int = 0
     """Response tokens of the student's text."""
 
@@ -174,7 +172,6 @@ class OnPolicy(Source):
             )
         tokens = sum(batch.input_ids_BL.numel() for batch in batches)
         self.ledger.teacher_tokens_online += int(written.lengths.sum())
-        self.ledger.trunk_tokens += tokens
         self.ledger.positions += len(tokens_N)
         return Step(micros, len(tokens_N), int(plan.summary["hard"]), tokens, plan.summary | summary)
 
@@ -206,4 +203,6 @@ class OnPolicy(Source):
         """Generation and the teacher's passes; attention counts as over a whole block."""
         ledger = self.ledger
         student = self.writer.flops(ledger.prompt_tokens + ledger.generated_tokens, ledger.generated_tokens)
-        return (student + self.teacher.flops(ledger.trunk_tokens, ledger.positions, self.training.block)) / 1e12
+        return (
+            student + self.teacher.flops(ledger.teacher_tokens_online, ledger.positions, self.training.block)
+        ) / 1e12

@@ -17,7 +17,7 @@ from entkd.data import Corpus
 from entkd.data.packing import collate, plan_batches
 from entkd.errors import UserError
 from entkd.fused import linear_statistics
-from entkd.models import output_weight, trunk_forward
+from entkd.models import output_weight, packed_states
 from entkd.names import FIDELITY
 from entkd.score.items import ratio_items
 from entkd.signals import SignalStore
@@ -86,8 +86,8 @@ def _per_token(
     head_UE = None if store.has_logprobs else store.head_UE.to(model.device)
     for blocks, length in plan_batches(corpus.lengths, documents, batch_tokens):
         batch = collate(corpus, blocks, length, pad_id=0).to(model.device)
-        hidden_BLD, _ = trunk_forward(model, batch.input_ids_BL, batch.position_ids_BL)
-        hidden_ND, tokens_N = hidden_BLD.flatten(0, 1)[batch.positions_N], batch.tokens_N.cpu()
+        hidden_ND, _ = packed_states(model, batch)
+        tokens_N = batch.tokens_N.cpu()
         # The teacher's side of a tile at a time: stored log-probabilities are as large as logits.
         for tile in slices(len(tokens_N), tile_rows(store.vocab_size, model.device)):
             tokens_R = tokens_N[tile]

@@ -22,7 +22,7 @@ from entkd.data import Corpus, read_texts
 from entkd.data.packing import Batch, collate, plan_batches
 from entkd.entropy import token_entropy
 from entkd.errors import UserError
-from entkd.models import assert_linear_head, load_model, output_weight, trunk_forward, vocab_rows
+from entkd.models import assert_linear_head, load_model, output_weight, packed_states, vocab_rows
 from entkd.signals.content import feature_layers
 from entkd.signals.kept import Keep, room
 from entkd.signals.split import response_tokens
@@ -169,9 +169,7 @@ class TeacherPass:
         self, batch: Batch, layers: tuple[int, ...], keep: Keep | None = None, row_N: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
         """One forward pass: (N, E) last hidden states, (N, E) states of each layer, and `token_statistics`."""
-        hidden_BLE, captured = trunk_forward(self.model, batch.input_ids_BL, batch.position_ids_BL, capture=layers)
-        hidden_NE = hidden_BLE.flatten(0, 1)[batch.positions_N]
-        states = {layer: captured[layer].flatten(0, 1)[batch.positions_N] for layer in layers}
+        hidden_NE, states = packed_states(self.model, batch, layers)
         statistics, has_inf_logits = token_statistics(hidden_NE, self.head_device_UE, batch.labels_N, keep, row_N)
         return hidden_NE, states, statistics, has_inf_logits
 

@@ -27,6 +27,7 @@ from entkd.distill.loop import Run
 from entkd.distill.objective import Objective
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
+from entkd.generate import generate
 from entkd.models import load_model
 from entkd.onpolicy.buffer import ReplayBuffer, as_corpus
 from entkd.onpolicy.generation import Writer, micro_batches
@@ -277,7 +278,9 @@ def test_the_ledger_of_tflops_counts_generation_and_the_teacher(tiny, tmp_path: 
     prompts = record["teacher_tokens_online"] - written
     head = 2.0 * 32 * 300
     training = 3 * trunk(student) * blocks + (3 * head + head) * written
-    online = trunk(student) * (prompts + written) + head * written + trunk(teacher) * blocks + head * written
+    online = (
+        trunk(student) * (prompts + written) + head * written + trunk(teacher) * (prompts + written) + head * written
+    )
     assert record["tflops"] == pytest.approx((training + online) / 1e12, rel=1e-6)
 
 
@@ -372,11 +375,48 @@ def test_the_buffer_drops_the_oldest_and_survives_its_state() -> None:
         empty.draw(1, np.random.default_rng(0))
 
 
-def test_on_policy_without_interruption_draws_no_global_random_number(tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_draws_no_global_random_number(tiny, dtype: torch.dtype) -> None:
     source, _, steps = source_of(tiny, gkd(1.0))
+    source.writer.dtype = dtype
     before = torch.get_rng_state()
     source.step(1, steps[0], [], 0.5)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_in_bf16_the_weights_of_the_step_write_in_bf16(tiny) -> None:
+    """The copy follows the student: its greedy text is that of a bf16 model with the present weights."""
+    method = method_of({"name": "gkd", "temperature": 1e-6, "max_response_tokens": 9})
+    source, student, _ = source_of(tiny, method)
+    source.writer.dtype = torch.bfloat16
+    prompts = prompts_of(tiny, 6)
+    before = source.writer(prompts, 1)
+    with torch.no_grad():
+        for index, weight in enumerate(student.parameters()):
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1)
+    after = source.writer(prompts, 1)
+    assert after != before
+    other = load_model(tiny.student)
+    other.load_state_dict(student.state_dict())
+    assert after == list(
+        zip(
+            prompts,
+            generate(
+                other.to(torch.bfloat16),
+                source.writer.tokenizer,
+                prompts,
+                max_new_tokens=9,
+                max_length=64,
+                temperature=1e-6,
+                generator=torch.Generator().manual_seed(5),
+                batch=6,
+                eos_token_id=2,
+            ),
+            strict=True,
+        )
+    )
+    assert student.training
+    assert {weight.dtype for weight in student.parameters()} == {torch.float32}
 
 
 CHILD = """

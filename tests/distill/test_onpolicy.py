@@ -32,6 +32,7 @@ from entkd.models import load_model
 from entkd.onpolicy.buffer import ReplayBuffer, as_corpus
 from entkd.onpolicy.generation import Writer, micro_batches
 from entkd.onpolicy.pipeline import OnPolicy
+from entkd.runtime import torch_stream
 from entkd.signals.write import write_signals
 
 CPU = torch.device("cpu")
@@ -384,8 +385,8 @@ def test_a_step_draws_no_global_random_number(tiny, dtype: torch.dtype) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_in_bf16_the_weights_of_the_step_write_in_bf16(tiny) -> None:
-    """The copy follows the student: its greedy text is that of a bf16 model with the present weights."""
+def test_in_bf16_the_weights_of_the_step_write_in_bf16(tiny, tmp_path: Path) -> None:
+    """The copy follows the student: its text is that of a bf16 model with the present weights."""
     method = method_of({"name": "gkd", "temperature": 1e-6, "max_response_tokens": 9})
     source, student, _ = source_of(tiny, method)
     source.writer.dtype = torch.bfloat16
@@ -396,25 +397,11 @@ def test_in_bf16_the_weights_of_the_step_write_in_bf16(tiny) -> None:
             weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1)
     after = source.writer(prompts, 1)
     assert after != before
-    other = load_model(tiny.student)
-    other.load_state_dict(student.state_dict())
-    assert after == list(
-        zip(
-            prompts,
-            generate(
-                other.to(torch.bfloat16),
-                source.writer.tokenizer,
-                prompts,
-                max_new_tokens=9,
-                max_length=64,
-                temperature=1e-6,
-                generator=torch.Generator().manual_seed(5),
-                batch=6,
-                eos_token_id=2,
-            ),
-            strict=True,
-        )
-    )
+    student.save_pretrained(tmp_path)
+    limits = {"max_new_tokens": 9, "max_length": 64, "temperature": 1e-6, "batch": 6, "eos_token_id": 2}
+    other, ties = load_model(tmp_path, dtype=torch.bfloat16), torch_stream(0, "student text 1")
+    expected = generate(other, source.writer.tokenizer, prompts, generator=ties, **limits)
+    assert after == list(zip(prompts, expected, strict=True))
     assert student.training
     assert {weight.dtype for weight in student.parameters()} == {torch.float32}
 

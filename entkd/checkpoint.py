@@ -21,7 +21,7 @@ from torch import nn
 
 from entkd.files import locked, replacing
 
-FORMAT = 1
+FORMAT = 2
 
 
 class ResumeFolder:

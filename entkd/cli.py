@@ -116,7 +116,17 @@ def _distill(args: argparse.Namespace) -> None:
 
     arm = _parse(_patched(args.settings, args.patches), ArmSettings)
     inputs = (args.student, args.data, args.signals)
-    distill(arm.method, arm.training, args.seed, *inputs, args.output, args.save_minutes, args.log_every, args.trial)
+    distill(
+        arm.method,
+        arm.training,
+        args.seed,
+        *inputs,
+        args.output,
+        args.save_minutes,
+        args.log_every,
+        args.trial,
+        args.teacher,
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -274,7 +284,8 @@ STAGES: dict[str, Stage] = {
     "distill": (
         _distill,
         "train one student",
-        "--settings --patches --seed --student --data --signals? --output --save-minutes --log-every --trial",
+        "--settings --patches --seed --student --data --signals? --teacher? --output --trial"
+        " --save-minutes --log-every",
     ),
     "calibrate": (
         _calibrate,

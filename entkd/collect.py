@@ -22,9 +22,13 @@ RUN_COLUMNS = [
     "tflops",
     "peak_gib",
     "teacher_tokens",
+    "teacher_tokens_online",
+    "generated_tokens",
     "resumed",
     "device",
 ]
+ONLINE_COLUMNS = ["teacher_tokens_online", "generated_tokens"]
+"""0 in records of runs from before there was student text."""
 CURVE_COLUMNS = ["arm", "seed", "step", "seconds", "metric", "value"]
 _SCORE_KEY = ["arm", "seed", "suite", "task", "metric"]
 _ITEM_KEY = [*_SCORE_KEY, "item"]
@@ -72,7 +76,8 @@ def collect_runs(folders: Sequence[Path], runs: Path, curves: Path) -> None:
         arm, seed = folder.parent.name, int(record["seed"])
         if folder.name != f"seed{seed}":
             raise UserError(f"{folder}/run.json: made with seed {seed}, but its folder is {folder.name}; rename it")
-        run_rows.append({"arm": arm} | {column: record[column] for column in RUN_COLUMNS[1:]})
+        known = dict.fromkeys(ONLINE_COLUMNS, 0) | record
+        run_rows.append({"arm": arm} | {column: known[column] for column in RUN_COLUMNS[1:]})
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             where = {"arm": arm, "seed": seed, "step": row.pop("step"), "seconds": row.pop("seconds", None)}

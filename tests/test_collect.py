@@ -75,6 +75,15 @@ def test_runs_and_curves(tmp_path, name):
     assert first["seconds"].isna().tolist() == [False, False, True]
 
 
+def test_runs_from_before_there_was_student_text_count_none(tmp_path):
+    folder = write_run(tmp_path)
+    record = json.loads((folder / "run.json").read_text())
+    del record["generated_tokens"], record["teacher_tokens_online"]
+    (folder / "run.json").write_text(json.dumps(record))
+    collect_runs([folder], tmp_path / "runs.csv", tmp_path / "curves.csv")
+    assert pd.read_csv(tmp_path / "runs.csv")[["generated_tokens", "teacher_tokens_online"]].values.tolist() == [[0, 0]]
+
+
 def test_a_run_in_the_wrong_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="made with seed 7, but its folder is seed0"):
         collect_runs([write_run(tmp_path, recorded=7)], tmp_path / "runs.csv", tmp_path / "curves.csv")

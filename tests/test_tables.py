@@ -329,6 +329,23 @@ def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(rewritten: t
     assert (folder / "out/ablation_table.md").read_text().count("The teacher read") == 1  # not for runs without it
 
 
+def test_the_table_says_in_which_arms_the_teacher_ran_again(rewritten: tuple[Path, pd.DataFrame]) -> None:
+    folder, _ = rewritten
+    runs = pd.read_csv(folder / "runs.csv").assign(teacher_tokens_online=0, generated_tokens=0)
+    mine = runs["arm"] == "sft"
+    runs.loc[mine, "teacher_tokens_online"] = [30_000 + 3_000 * n for n in range(mine.sum())]
+    runs.loc[mine, "generated_tokens"] = [20_000 + 3_000 * n for n in range(mine.sum())]
+    runs.to_csv(folder / "runs.csv", index=False)
+    tables(folder, settings_of("kl"))
+    shown = (folder / "out/ablation_table.md").read_text()
+    middle = 1_500 * (mine.sum() - 1)
+    assert (
+        f"The teacher ran again for sft: on average it read {30_000 + middle:,} tokens a run, in text of which the "
+        f"student wrote {20_000 + middle:,}." in shown
+    )
+    assert shown.count("ran again") == 1  # not for arms that train on the data
+
+
 def test_same_input_same_bytes(rewritten: tuple[Path, pd.DataFrame]) -> None:
     folder, scores = rewritten
     settings = settings_of("kl", "acc")

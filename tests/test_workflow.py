@@ -28,13 +28,14 @@ EXPERIMENT = {
         "kd": {"role": "factorial"},
         "full": {"role": "factorial", "curriculum": {"kappa": 0.8}, "features": {}},
         "seqkd": {"pipeline": "seqkd", "divergence": None, "ce": {}},
+        "gkd": {"pipeline": "onpolicy", "on_policy": "gkd"},
     },
     "seeds": [0, 1],
     "suites": {"tiny": {"tasks": [{"name": "entkd_heldout", "metric": "bits_per_byte", "direction": "lower"}]}},
     "runtime": {"gpus": 0, "memory_gib": 0.1},
 }
 ROW = '{"prompt": "a", "response": "b"}\n'
-ARMS, SEEDS = ("kd", "full", "seqkd"), (0, 1)
+ARMS, SEEDS = ("kd", "full", "seqkd", "gkd"), (0, 1)
 ANALYSIS = {"ablation_table": 1, "figures": 1, "default": 1}
 COLLECT = {"collect_scores": 1, **ANALYSIS}
 
@@ -79,7 +80,7 @@ def would_run(folder: Path, *arguments: str) -> tuple[Counter[str], Counter[str]
     text = dry.stdout + dry.stderr
     blocks = re.split(r"^(?:local)?rule ", text, flags=re.M)[1:]
     rules = Counter(block.partition(":")[0] for block in blocks)
-    trained = [block for block in blocks if block.startswith(("distill:", "seqkd:"))]
+    trained = [block for block in blocks if block.startswith(("distill:", "seqkd:", "onpolicy:"))]
     return rules, Counter(match[1] for block in trained if (match := re.search(r"wildcards: (.*)", block)))
 
 
@@ -95,6 +96,8 @@ def test_first_run_makes_every_stage_once(finished: Path) -> None:
         if call[0] == "distill":
             path = "results/signals/smollm2-135m-instruct/json/manifest.json"
             assert (path in call) == ("seqkd" not in call[-1])
+            # and only those whose students write text get the teacher itself
+            assert ("results/teachers/smollm2-135m-instruct" in call) == ("gkd" in call[-1])
 
 
 def test_jobs_that_ask_for_no_gpu_see_none(finished: Path) -> None:
@@ -127,7 +130,7 @@ def test_one_more_seed_trains_one_seed(finished: Path) -> None:
     write_experiment(finished, lambda experiment: experiment["seeds"].append(2))
     rules, trained = would_run(finished)
     assert trained == {f"arm={arm}, seed=2": 1 for arm in ARMS}
-    assert rules == {"distill": 2, "seqkd": 1, "score": 3, "collect_runs": 1, **COLLECT}
+    assert rules == {"distill": 2, "seqkd": 1, "onpolicy": 1, "score": 4, "collect_runs": 1, **COLLECT}
 
 
 def test_reference_roles_and_gaps_only_rebuild_the_table(finished: Path) -> None:
@@ -232,6 +235,7 @@ def test_figures_from_published_scores_alone(finished: Path, tmp_path: Path) -> 
 BAD_ARMS = [
     ({"curriculum": {"kapa": 1}}, "arms.x.curriculum: unknown key `kapa`; did you mean `kappa`?"),
     ({"pipeline": "seqdk", "ce": {}}, "arms.x.pipeline: unknown name `seqdk`; did you mean `seqkd`?"),
+    ({"on_policy": "distillm"}, "arms.x.on_policy: distillm lets the teacher read what the student writes"),
 ]
 
 

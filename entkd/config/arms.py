@@ -134,6 +134,8 @@ def resolve_arms(
     base = method.model_dump(mode="json", exclude_unset=True)
     if method.divergence is not None:  # the name is a default, which exclude_unset drops
         base["divergence"] |= {"name": method.divergence.name}
+    if method.on_policy is not None:
+        base["on_policy"] |= {"name": method.on_policy.name}
     resolved: dict[str, ResolvedArm] = {}
     seen: dict[str, str] = {}
     problems: list[str] = []

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from entkd.config.arms import Arm, ResolvedArm, expand_sweeps, resolve_arms
 from entkd.config.errors import ProblemsError, unknown_name
 from entkd.config.method import Method
+from entkd.config.pipelines import lacking_pipeline
 from entkd.config.scoring import Analysis, ReportedSuite
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Data, Slug, Student, Teacher, Training
@@ -96,8 +97,15 @@ class Experiment(Settings):
         problems += [
             f"arms.{arm.name}.{key}: {why}"
             for arm in resolved.values()
-            for key, why in lacking_signals(arm.method, self.signals)
+            for key, why in (*lacking_signals(arm.method, self.signals), *lacking_pipeline(arm.pipeline, arm.method))
         ]
+        if self.training.budget is not None:
+            problems += [
+                f"arms.{arm.name}.on_policy: what the student will write is not known when the steps of a budget are "
+                "planned; give training.steps or training.epochs"
+                for arm in resolved.values()
+                if arm.method.on_policy is not None
+            ]
         problems += self._tuning[1]
         for name, suite in self.suites.items():
             named = [(task.name, task.metric) for task in suite.tasks]

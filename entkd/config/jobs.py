@@ -179,6 +179,8 @@ def _terms(arm: ResolvedArm) -> str:
     if method.approach is not None:
         terms.append(f"{method.approach.name}{_changed(method.approach, 'name')}")
     pipeline = "" if arm.pipeline == "distill" else f"{arm.pipeline}: "
+    if method.on_policy is not None:
+        pipeline = f"{method.on_policy.name}{_changed(method.on_policy, 'name')}: "
     by = _difficulty(method.difficulty) if method.needs_difficulty else ""
     return f"{pipeline}{' + '.join(terms)}{by}"
 

@@ -13,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from entkd.config.components import Curriculum, Difficulty, Features, Temperature
 from entkd.methods import AnyApproach
+from entkd.methods.distillm import DistiLLM
+from entkd.methods.gkd import GKD
 from entkd.settings import Settings
 
 
@@ -122,6 +124,10 @@ DIVERGENCE_NAMES = (
 )
 
 
+OnPolicy = Annotated[GKD | DistiLLM, Field(discriminator="name")]
+"""When the student writes the text that it is trained on."""
+
+
 class CrossEntropy(Settings):
     """Cross-entropy on the data's own tokens."""
 
@@ -149,7 +155,11 @@ class Method(Settings):
     approach: AnyApproach | None = None
     """A published way to weigh, select or soften tokens. A bare name stands for it with its defaults."""
 
-    @field_validator("divergence", "approach", mode="before")
+    on_policy: OnPolicy | None = Field(None, exclude_if=lambda value: value is None)
+    """Steps on text that the student writes and the teacher then reads (`pipeline: onpolicy`). A bare name stands for
+    that schedule with its defaults."""
+
+    @field_validator("divergence", "approach", "on_policy", mode="before")
     @classmethod
     def _bare_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
@@ -167,6 +177,17 @@ class Method(Settings):
                 raise ValueError(f"approach {self.approach.name} shapes the divergence term, which is null here")
             for key, why in self.approach.problems(self):
                 raise ValueError(f"{key}: {why}")
+        if self.on_policy is not None:
+            if self.divergence is None:
+                raise ValueError(
+                    f"on_policy: {self.on_policy.name} has the teacher judge what the student writes, by a divergence, "
+                    "which is null here; set one, or remove on_policy"
+                )
+            if self.ce is not None:
+                raise ValueError(
+                    f"ce would teach the student the text that it wrote itself under on_policy: {self.on_policy.name}; "
+                    "remove one of the two"
+                )
         return self
 
     @property

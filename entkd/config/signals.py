@@ -107,6 +107,12 @@ def lacking_distribution(method: Method) -> Iterator[tuple[str, str]]:
             "initial_kl needs the teacher's whole distribution, and `signals.mode: sparse` keeps a sample of it; set "
             "`signals.mode: hidden`, or use another source",
         )
+    if method.on_policy is not None:
+        yield (
+            "on_policy",
+            f"{method.on_policy.name} meets the teacher's whole distribution on the student's text and a sample of it "
+            "on the data, which are not one loss; set `signals.mode: hidden`, or remove on_policy",
+        )
 
 
 def _lacking_features(method: Method, stored: SignalFeatures | None) -> Iterator[tuple[str, str]]:

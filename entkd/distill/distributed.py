@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,21 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def broadcast(self, value: T | None) -> T:
+        """The leading process's value, in every process; pickled on its way. Others may give None."""
+        held = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=0)
+        return cast("T", held[0])
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in every process; pickled on its way."""
+        if self.size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast("list[T]", values)
 
     def barrier(self) -> None:
         """Wait for every process."""

@@ -33,6 +33,7 @@ from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates,
 from entkd.distill.outputs import write_outputs
 from entkd.distill.plan import Costs, plan_run
 from entkd.distill.scan import needs_scan, with_factors
+from entkd.distill.source import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
@@ -54,6 +55,8 @@ class Run:
     """Folder of the prepared data."""
     signals: Path | None
     """Manifest of the teacher's signals."""
+    teacher: Path | None
+    """Folder of the teacher itself, for methods in which it reads what the student writes."""
     output: Path
     """Folder of the run."""
     dtype: torch.dtype
@@ -113,8 +116,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     projectors = objective.projectors
     module = world.wrap(objective)
     if targets.store is not None and targets.waits_for_student:  # untrained: no resume state is loaded yet
-        source, store = method.difficulty.source, targets.store
-        student_R = untrained_statistics(source, student, corpus, store, training, pad_id, world, device, dtype)
+        difficulty, store = method.difficulty.source, targets.store
+        student_R = untrained_statistics(difficulty, student, corpus, store, training, pad_id, world, device, dtype)
         targets.use_student(student_R)
 
     # ── schedule: known as a whole before the first step ──────────────────────────────────────────────────────
@@ -126,10 +129,16 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         student, projectors, training, method.features.projector_lr if method.features is not None else None
     )
 
+    def evaluate() -> float:
+        return dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+
+    source = step_source(run, steps, targets, corpus, student, pad_id, world, device, evaluate)
+
     # ── where an interrupted run stopped ──────────────────────────────────────────────────────────────────────
     torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
+    tokens = positions = 0
     best_nll, best_step, nll = math.inf, 0, math.nan
     state = resume.load()
     if state is not None:
@@ -141,6 +150,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         metrics.rows = json.loads(state["metrics"])
         first, seconds_before, resumed = state["step"], state["seconds"], state["resumed"] + 1
         best_nll, best_step = state["best_nll"], state["best_step"]
+        tokens, positions = state["tokens"], state["positions"]
+        source.load_state(state["source"])
         threads = sorted({*state["threads"], *threads})
         print(f"{output}: continuing after step {first} of {len(steps)}", file=sys.stderr, flush=True)
         del state
@@ -160,25 +171,25 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 "threads": threads,
                 "best_nll": best_nll,
                 "best_step": best_step,
+                "tokens": tokens,
+                "positions": positions,
+                "source": source.state(),
             }
         )
         resume.prune_best(best_step)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
-    tokens = positions = 0
     saved_at = time.monotonic()
     with StopRequest() as request, Progress(run.title, len(steps), "step", first, world.leads) as bar:
         for step, blocks in enumerate(steps, start=1):
+            if step <= first:
+                continue
             micros = [blocks[i : i + training.micro_blocks] for i in range(0, len(blocks), training.micro_blocks)]
             batches = [collate(corpus, micro, training.block, pad_id) for micro in micros]
-            if step <= first:  # counted, not computed: totals of a continued run are those of a whole one
-                tokens += sum(batch.input_ids_BL.numel() for batch in batches)
-                positions += sum(len(batch.tokens_N) for batch in batches)
-                continue
-            targets_of_step = targets.step(batches, progress[step - 1])
+            targets_of_step = source.step(step, blocks, batches, progress[step - 1])
             micro_batches, selected = targets_of_step.micro_batches, 0
             if method.approach is not None:
-                selected = method.approach.selected(response_lengths(batches))
+                selected = method.approach.selected(response_lengths([micro.batch for micro in micro_batches]))
                 if needs_scan(objective, micro_batches):
                     micro_batches = with_factors(
                         objective, micro_batches, world, device, dtype, targets_of_step.positions, selected
@@ -217,11 +228,12 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 seconds_before + time.monotonic() - began,
             )
             if step % training.eval_every == 0 or step == len(steps):
-                nll = dev_nll(student, dev, training, vocab_size, pad_id, device, dtype)
+                nll = evaluate()
                 metrics.flush()
                 if diverged(run, nll, step):
                     break
                 metrics.rows.append({"step": step, "dev_nll": nll})
+                source.evaluated(nll)
                 if training.checkpoint == "best" and nll < best_nll:
                     best_nll, best_step = nll, step
                     if world.leads and not run.trial:
@@ -271,8 +283,11 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "positions": positions,
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": costs.tflops(steps[:step]),
+            # Text that the student writes has other lengths than the data that the steps were planned from.
+            "tflops": (costs.tflops(steps[:step]) if method.on_policy is None else costs.of_tokens(tokens, positions))
+            + source.tflops(),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
+            **source.record(),
             "resumed": resumed,
             "started": started,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),

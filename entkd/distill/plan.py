@@ -64,6 +64,10 @@ class Costs:
         """Response tokens of a step."""
         return sum(int(self.response_lengths[documents].sum()) for documents in step)
 
+    def of_tokens(self, tokens: int, positions: int) -> float:
+        """TFLOPs of tokens through the trunk and response tokens through the output projections."""
+        return self.per_token * tokens + self.per_position * positions
+
     def tflops(self, steps: Sequence[Sequence[Block]]) -> float:
         """TFLOPs of steps."""
         blocks = [documents for step in steps for documents in step]

@@ -31,6 +31,7 @@ def distill(
     save_minutes: float = 5.0,
     log_every: int = 10,
     trial: bool = False,
+    teacher: Path | None = None,
 ) -> None:
     """Train one student and write ``model/``, ``metrics.jsonl`` and ``run.json`` into ``output``.
 
@@ -54,6 +55,8 @@ def distill(
         Steps between two looks at the loss on the device, which cost a wait there.
     trial
         Leave the weights out, and take a dev loss that is no number for a result (``dev_nll: null`` in the record).
+    teacher
+        Folder of the teacher itself; for methods with `on_policy`, in which it reads what the student writes.
 
     Raises
     ------
@@ -63,7 +66,7 @@ def distill(
     world = World.join()
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = runtime.resolve_dtype(training.precision, device_type)
-    run = Run(method, training, seed, student, data, signals, output, dtype, save_minutes, log_every, trial)
+    run = Run(method, training, seed, student, data, signals, teacher, output, dtype, save_minutes, log_every, trial)
     resume = ResumeFolder(output, _identity(run, device_type))
     with resume.lock() if world.leads else contextlib.nullcontext(), runtime.device_slot() as device:
         world.barrier()  # nobody looks at the folder before the lock is held

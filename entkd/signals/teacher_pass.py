@@ -113,9 +113,9 @@ class TeacherPass:
         # Taken before the trunk changes type: arms project with the head as it is stored.
         self.head_UE = output_weight(model)[:vocab_size].detach().cpu().clone()
         self.layers = feature_layers(needs, model.config.num_hidden_layers)
-        self._model = model
-        self._model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # Transformers' annotation
-        self._head_device_UE = self.head_UE.to(device=device, dtype=torch.float32)
+        self.model = model
+        self.model.to(device=device, dtype=dtype)  # type: ignore[call-arg]  # Transformers' annotation
+        self.head_device_UE = self.head_UE.to(device=device, dtype=torch.float32)
         self._device = device
         self._settings = settings
         self._advance = advance
@@ -138,7 +138,7 @@ class TeacherPass:
         for blocks, length in plan_batches(corpus.lengths, documents, self._settings.batch_tokens):
             batch = collate(corpus, blocks, length, pad_id=0).to(self._device)
             row_N = torch.from_numpy(np.searchsorted(tokens_R, batch.tokens_N.cpu().numpy()))
-            hidden_NE, captured, found, inf = self._forward(batch, layers, keep, row_N)
+            hidden_NE, captured, found, inf = self.forward(batch, layers, keep, row_N)
             has_inf_logits |= inf
             self._refuse_non_finite(batch, [found["logsumexp"], *captured.values()], corpus, data, split)
             for name, values_N in found.items():
@@ -165,11 +165,12 @@ class TeacherPass:
             logprobs_RU,
         )
 
-    def _forward(
-        self, batch: Batch, layers: tuple[int, ...], keep: Keep | None, row_N: Tensor
+    def forward(
+        self, batch: Batch, layers: tuple[int, ...], keep: Keep | None = None, row_N: Tensor | None = None
     ) -> tuple[Tensor, dict[int, Tensor], dict[str, Tensor], bool]:
-        hidden_NE, states = packed_states(self._model, batch, layers)
-        statistics, has_inf_logits = token_statistics(hidden_NE, self._head_device_UE, batch.labels_N, keep, row_N)
+        """One forward pass: (N, E) last hidden states, (N, E) states of each layer, and `token_statistics`."""
+        hidden_NE, states = packed_states(self.model, batch, layers)
+        statistics, has_inf_logits = token_statistics(hidden_NE, self.head_device_UE, batch.labels_N, keep, row_N)
         return hidden_NE, states, statistics, has_inf_logits
 
     def _refuse_non_finite(self, batch: Batch, outputs: list[Tensor], corpus: Corpus, data: Path, split: str) -> None:

@@ -196,21 +196,39 @@ def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]
     if table[COSTS].notna().any(axis=None):
         notes.append(
             "tokens (trained response tokens), seconds, TFLOPs and peak memory are means over seeds of the student's "
-            "training alone; the teacher's pass, made once for all arms, and SeqKD's generation come on top. Seconds "
-            "are wall time with other jobs beside it."
+            "training alone, where its arm is on-policy with the text that it writes and the teacher's passes over "
+            "that; the teacher's pass over the data, made once for all arms, and SeqKD's generation come on top. "
+            "Seconds are wall time with other jobs beside it."
         )
     return tuple(notes)
 
 
 def _ledger(runs: pd.DataFrame | None) -> tuple[str, ...]:
-    """What the teacher read, and for how many runs."""
+    """What the teacher read, and for how many runs; and in which it ran again."""
     if runs is None or "teacher_tokens" not in runs:
         return ()
     readers = runs.loc[runs["teacher_tokens"] > 0, "teacher_tokens"]
+    return (*_once(readers, len(runs)), *_again(runs))
+
+
+def _once(readers: pd.Series[int], runs: int) -> tuple[str, ...]:
     return tuple(
-        f"The teacher read {tokens:,} tokens, once: {count} of the {len(runs)} runs trained on that one pass, in every "
+        f"The teacher read {tokens:,} tokens, once: {count} of the {runs} runs trained on that one pass, in every "
         "epoch."
         for tokens, count in sorted(readers.value_counts().items())
+    )
+
+
+def _again(runs: pd.DataFrame) -> tuple[str, ...]:
+    """Arms whose students write text, which the teacher reads in training: a cost that others do not have."""
+    if "teacher_tokens_online" not in runs:
+        return ()
+    online = runs[runs["teacher_tokens_online"] > 0]
+    means = online.groupby("arm", sort=False)[["teacher_tokens_online", "generated_tokens"]].mean()
+    return tuple(
+        f"The teacher ran again for {arm}: on average it read {read:,.0f} tokens a run, in text of which the student "
+        f"wrote {written:,.0f}."
+        for arm, (read, written) in zip(means.index, means.to_numpy(), strict=True)
     )
 
 

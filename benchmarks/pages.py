@@ -26,6 +26,11 @@ def table_of(path: Path) -> str:
     frame = pd.read_csv(path, keep_default_na=False)
 
     def shown(value: object) -> str:
+        if isinstance(value, str):  # a column with empty cells is one of texts
+            try:
+                value = float(value)
+            except ValueError:
+                return value
         if isinstance(value, float):
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         return f"{value:,}" if isinstance(value, int) else str(value)

@@ -132,6 +132,7 @@ def figure(head: Sequence[Mapping[str, Any]], step: Sequence[Mapping[str, Any]])
                 ax.plot(sizes, [row["bound_seconds"] for row in rows], "--", color=BLACK, label="products alone")
             ax.set(xlabel=label, ylabel=what.replace("mib", "MiB beyond the inputs"), xlim=(0, None), ylim=(0, None))
             ax.xaxis.set_major_formatter("{x:,.0f}")
+            ax.locator_params(axis="x", nbins=5)
             ax.legend()
         ax, lengths = axes[1, 1], [row["length"] for row in step]
         ax.plot(lengths, [row["seconds"] for row in step], "o-", color=BLUE, label="entkd")

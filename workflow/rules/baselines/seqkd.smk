@@ -3,7 +3,6 @@
 Requires arms with `pipeline: seqkd`, the teacher and the data. Outputs `data/{data}.seqkd/` and these arms' students.
 """
 
-
 training_data["seqkd"] = "<data>.seqkd"
 
 

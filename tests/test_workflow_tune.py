@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_workflow import COLLECT, EXPERIMENT, ROOT, ROW, snakemake_in, would_run, write_experiment
+from test_workflow import COLLECT, EXPERIMENT, ROOT, ROW, snakemake_in, would_run
+from test_workflow import write_experiment as write_any
 
 from entkd.config import Experiment
 
@@ -24,6 +25,16 @@ def tuned(change: Callable[[dict], object] = lambda _: None) -> Callable[[dict],
         change(experiment)
 
     return apply
+
+
+def write_experiment(folder: Path, change: Callable[[dict], object]) -> None:
+    """Without the arm that writes text of its own: such arms are not tuned."""
+
+    def apply(experiment: dict) -> None:
+        del experiment["arms"]["gkd"]
+        change(experiment)
+
+    write_any(folder, apply)
 
 
 def calls_of(folder: Path, stage: str) -> list[list[str]]:

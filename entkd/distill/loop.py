@@ -138,7 +138,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
-    tokens = positions = 0
+    tokens = positions = hard = 0
     best_nll, best_step, nll = math.inf, 0, math.nan
     state = resume.load()
     if state is not None:
@@ -150,7 +150,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         metrics.rows = json.loads(state["metrics"])
         first, seconds_before, resumed = state["step"], state["seconds"], state["resumed"] + 1
         best_nll, best_step = state["best_nll"], state["best_step"]
-        tokens, positions = state["tokens"], state["positions"]
+        tokens, positions, hard = state["tokens"], state["positions"], state["hard"]
         source.load_state(state["source"])
         threads = sorted({*state["threads"], *threads})
         print(f"{output}: continuing after step {first} of {len(steps)}", file=sys.stderr, flush=True)
@@ -173,6 +173,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 "best_step": best_step,
                 "tokens": tokens,
                 "positions": positions,
+                "hard": hard,
                 "source": source.state(),
             }
         )
@@ -195,6 +196,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                         objective, micro_batches, world, device, dtype, targets_of_step.positions, selected
                     )
             tokens, positions = tokens + targets_of_step.tokens, positions + targets_of_step.positions
+            hard += targets_of_step.hard
             set_learning_rate(optimizer, rates[step - 1], training)
             optimizer.zero_grad(set_to_none=True)
             terms: dict[str, torch.Tensor] = {}
@@ -283,9 +285,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "positions": positions,
             "seconds": round(seconds, 3),
             "peak_gib": round(peak_gib(device), 3),
-            # Text that the student writes has other lengths than the data that the steps were planned from.
-            "tflops": (costs.tflops(steps[:step]) if method.on_policy is None else costs.of_tokens(tokens, positions))
-            + source.tflops(),
+            "tflops": costs.of_tokens(tokens, positions, hard) + source.tflops(),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             **source.record(),
             "resumed": resumed,

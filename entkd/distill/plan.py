@@ -64,20 +64,16 @@ class Costs:
         """Response tokens of a step."""
         return sum(int(self.response_lengths[documents].sum()) for documents in step)
 
-    def of_tokens(self, tokens: int, positions: int) -> float:
-        """TFLOPs of tokens through the trunk and response tokens through the output projections."""
-        return self.per_token * tokens + self.per_position * positions
+    def of_tokens(self, tokens: int, positions: int, features: int) -> float:
+        """TFLOPs of tokens through the trunk, response tokens, and tokens with a feature loss."""
+        return self.per_token * tokens + self.per_position * positions + self.per_feature_token * features
 
     def tflops(self, steps: Sequence[Sequence[Block]]) -> float:
         """TFLOPs of steps."""
         blocks = [documents for step in steps for documents in step]
         positions = sum(int(self.response_lengths[documents].sum()) for documents in blocks)
         features = sum(int(self.feature_tokens[documents].sum()) for documents in blocks)
-        return (
-            self.per_token * self.block * len(blocks)
-            + self.per_position * positions
-            + self.per_feature_token * features
-        )
+        return self.of_tokens(self.block * len(blocks), positions, features)
 
 
 def plan_run(corpus: Corpus, training: Training, seed: int, costs: Costs) -> list[list[Block]]:

@@ -232,9 +232,9 @@ def test_share_1_trains_on_nothing_but_the_students_text(tiny, tmp_path: Path, m
         taught.append(written)
         return original(self, written, *arguments)
 
-    def trained_on(self, micro, *arguments):
+    def trained_on(self, micro, *arguments, **keywords):
         trained.append(micro.batch)
-        return forward(self, micro, *arguments)
+        return forward(self, micro, *arguments, **keywords)
 
     monkeypatch.setattr(OnPolicy, "taught", watched)
     monkeypatch.setattr(Objective, "forward", trained_on)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,26 @@ def test_numbers_of_a_csv_are_shown_with_three_digits(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("some_name,b,c\nx,0.123456,12345\n,1234.5,2\n")
     assert pages.table_of(tmp_path / "x.csv").splitlines()[0] == "| some name | b | c |"
     assert pages.table_of(tmp_path / "x.csv").splitlines()[2:] == ["| x | 0.123 | 12,345 |", "|  | 1,234 | 2 |"]
+
+
+def test_a_column_with_gaps_has_its_numbers_shown_as_others(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n1,0.123456789\n2,\n")
+    assert pages.table_of(tmp_path / "x.csv").splitlines()[2:] == ["| 1 | 0.123 |", "| 2 |  |"]
+
+
+def test_the_workflow_is_asked_for_every_student_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def fails(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "stopped here")
+
+    monkeypatch.setattr(arms.subprocess, "run", fails)
+    with pytest.raises(SystemExit, match="4 arms failed:\nstopped here"):
+        arms.measure(ROOT / "tests/tiny/train.jsonl", 4)
+    (command,) = commands
+    targets = command[command.index("--") + 1 :]
+    assert targets == [f"results/arms/students/{arm}/seed0/run.json" for arm in ("kd", "t0", "t1", "t2")]
 
 
 @pytest.mark.parametrize("count", [1, 4, 24])

@@ -152,7 +152,7 @@ class Method(Settings):
     """Feature distillation on hard tokens."""
     difficulty: Difficulty = Difficulty()
     """What makes a token hard, where a component needs it."""
-    approach: AnyApproach | None = None
+    approach: AnyApproach | None = Field(None, exclude_if=lambda value: value is None)
     """A published way to weigh, select or soften tokens. A bare name stands for it with its defaults."""
 
     on_policy: OnPolicy | None = Field(None, exclude_if=lambda value: value is None)

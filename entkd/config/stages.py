@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from entkd.config.budget import Budget
 from entkd.settings import Settings
@@ -23,7 +23,7 @@ class Training(Settings):
     """Optimizer steps. Give this, `epochs` or `budget`."""
     epochs: float | None = Field(None, gt=0)
     """Passes over the training documents. Give this, `steps` or `budget`."""
-    budget: Budget | None = None
+    budget: Budget | None = Field(None, exclude_if=lambda value: value is None)
     """What each run may spend, from which its number of steps follows. Give this, `steps` or `epochs`."""
     block: int = Field(512, ge=8)
     """Tokens in a packed block; also the longest document."""
@@ -61,14 +61,6 @@ class Training(Settings):
                 f"blocks_per_step {self.blocks_per_step} is not a multiple of micro_blocks {self.micro_blocks}"
             )
         return self
-
-    @model_serializer(mode="wrap")
-    def _written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the key of a budget where there is none: runs without one keep their identity."""
-        written: dict[str, Any] = handler(self)
-        if self.budget is None:
-            written.pop("budget", None)
-        return written
 
     @property
     def length(self) -> str:

@@ -67,12 +67,6 @@ class World:
         dist.all_reduce(stacked)
         return dict(zip(terms, stacked.unbind(), strict=True))
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
     def broadcast(self, value: T | None) -> T:
         """The leading process's value, in every process; pickled on its way. Others may give None."""
         held = [value]

@@ -26,7 +26,7 @@ from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.methods.base import Factors
 from entkd.models import layer_points, output_weight, trunk_forward
-from entkd.products import cast
+from entkd.products import cast, compute_dtype
 from entkd.runtime import to_device
 from entkd.sparse import SparseTarget
 
@@ -212,7 +212,7 @@ class Objective(nn.Module):
             (factors,) = factors_of_batches(self.approach, [found], [documents], positions, selected, self.vocab_size)
         common = self.approach.temperature()
         if common is not None:
-            temperature_N = common.to(hidden_ND.dtype).expand(len(hidden_ND))
+            temperature_N = common.to(compute_dtype(hidden_ND)).expand(len(hidden_ND))
         if factors is not None:
             weight_N = combine(weight_N, factors.weight_N)
             temperature_N = factors.temperature_N if temperature_N is None else temperature_N

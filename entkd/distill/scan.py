@@ -51,20 +51,20 @@ def with_factors(
     assert approach is not None
     names = approach.settings.statistics
     sizes = [len(micro.batch.tokens_N) for micro in micro_batches]
-    found_SG = torch.zeros(len(names), sum(sizes), device=device)
-    parts = found_SG.split(sizes, dim=1)
+    found = {name: torch.zeros(sum(sizes), device=device) for name in names}
+    parts = {name: value_G.split(sizes) for name, value_G in found.items()}
     training = objective.student.training
     objective.student.eval()  # dropout would give the tokens other outputs than the ones that are trained
     for index in range(world.rank, len(micro_batches), world.size):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found = objective.scan(micro_batches[index].to(device))
-        for row, name in enumerate(names):
-            parts[index][row].copy_(found[name])
+            own = objective.scan(micro_batches[index].to(device))
+        for name in names:
+            parts[name][index].copy_(own[name])
     objective.student.train(training)
-    world.total(found_SG)
+    parts = {name: value_G.split(sizes) for name, value_G in world.sum(found).items()}  # others' tokens are 0 here
     factors = factors_of_batches(
         approach,
-        [dict(zip(names, part_SN, strict=True)) for part_SN in parts],
+        [{name: parts[name][index] for name in names} for index in range(len(sizes))],
         [to_device(document_of_tokens(micro.batch), device) for micro in micro_batches],
         positions,
         selected,

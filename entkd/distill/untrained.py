@@ -72,10 +72,15 @@ def untrained_statistics(
                     tokens_N = host.tokens_N[tile]
                     teacher_N = split.logprobs(tokens_N) if store.has_logprobs else split.hidden(tokens_N)
                     teacher_N = to_device(teacher_N, device)
-                found = linear_statistics(
-                    hidden_ND[tile], output_weight(student), teacher_N, head_UE, vocab_size=store.vocab_size
-                )
-                value_R[batch.tokens_N[tile]] = found["entropy" if split is None else "divergence"].float()
+                (found_N,) = linear_statistics(
+                    hidden_ND[tile],
+                    output_weight(student),
+                    teacher_N,
+                    head_UE,
+                    wants=("entropy" if split is None else "divergence",),
+                    vocab_size=store.vocab_size,
+                ).values()
+                value_R[batch.tokens_N[tile]] = found_N.float()
             progress.advance(len(batch_blocks))
     student.train(was_training)
     # Every token is some process's: all others add 0.

@@ -164,3 +164,28 @@ def test_lengths_of_documents(tiny) -> None:
     corpus = Corpus.open(tiny.data, "train")
     batch = collate(corpus, [np.asarray([5, 0]), np.asarray([17])], 256, PAD)
     assert response_lengths([batch]) == corpus.response_lengths[[5, 0, 17]].tolist()
+
+
+@pytest.mark.parametrize("variant", ["adakd", "eakd_mean"])
+def test_processes_share_out_the_look_at_the_global_batch(tiny, variant: str) -> None:
+    """Each sees its own micro-batches, and after the sum all have the factors of one process."""
+    objective, targets, corpus = build(tiny, method_of(variant))
+    if variant == "adakd":
+        objective.approach.values["share"].fill_(0.5)
+    batches = [collate(corpus, [np.asarray(block)], 256, PAD) for block in ([5, 0], [17, 3])]
+    step = targets.step(batches, 0.7)
+
+    class OneOfTwo(World):
+        said: list[dict[str, torch.Tensor]] = []
+
+        def sum(self, terms):
+            self.said.append({name: value.clone() for name, value in terms.items()})
+            return {name: sum(each[name] for each in self.said) for name in terms}
+
+    arguments = (torch.device("cpu"), torch.float32, step.positions, step.positions)
+    alone = with_factors(objective, step.micro_batches, World(), *arguments)
+    with_factors(objective, step.micro_batches, OneOfTwo(0, 2), *arguments)
+    second = with_factors(objective, step.micro_batches, OneOfTwo(1, 2), *arguments)
+    assert all((part["hellinger" if variant == "adakd" else "entropy"] == 0).any() for part in OneOfTwo.said)
+    for one, two in zip(alone, second, strict=True):
+        torch.testing.assert_close(two.factors.weight_N, one.factors.weight_N)

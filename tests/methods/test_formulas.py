@@ -11,7 +11,9 @@ from references import methods as ref
 from references import schedules
 
 from entkd.config import Method
+from entkd.data.packing import Batch
 from entkd.distill.approach import ApproachState
+from entkd.distill.objective import MicroBatch
 from entkd.methods import APPROACHES
 from entkd.methods.adakd import AdaKD
 from entkd.methods.base import Tokens
@@ -172,6 +174,14 @@ def test_derivative_by_the_temperature(divergence: str, t2: str) -> None:
     temperature = torch.full((len(student), 1), 2.3, dtype=torch.float64)
     found = temperature_derivative(torch.tensor(student), torch.tensor(teacher), temperature, divergence, t2)
     assert found.mean().item() == pytest.approx(ref.ctkd_slope(student, teacher, 2.3, divergence, t2), rel=1e-10)
+
+
+def test_the_temperature_is_not_rounded_to_the_precision_of_the_student() -> None:
+    _, _, objective = ours(*logits(0), "ctkd", {"theta": -1.2})
+    hidden_ND = torch.zeros(3, V, dtype=torch.bfloat16)
+    batch = Batch(*(torch.zeros(1, 3, dtype=torch.long) for _ in range(2)), *(torch.arange(3) for _ in range(3)))
+    _, temperature_N = objective._weights_and_temperatures(MicroBatch(batch), hidden_ND, hidden_ND, 3, 3)
+    assert temperature_N.tolist() == pytest.approx([ref.ctkd_temperature(-1.2)] * 3, rel=1e-6)
 
 
 def test_the_temperature_ascends_its_gradient() -> None:

@@ -15,7 +15,7 @@ from entkd.config import Method, Training
 from entkd.data import Corpus
 from entkd.data.packing import collate
 from entkd.distill import distill
-from entkd.distill.approach import response_lengths
+from entkd.distill.approach import ApproachState, factors_of_batches, response_lengths
 from entkd.distill.distributed import World
 from entkd.distill.scan import needs_scan, with_factors
 from entkd.methods import APPROACHES
@@ -189,3 +189,30 @@ def test_processes_share_out_the_look_at_the_global_batch(tiny, variant: str) ->
     assert all((part["hellinger" if variant == "adakd" else "entropy"] == 0).any() for part in OneOfTwo.said)
     for one, two in zip(alone, second, strict=True):
         torch.testing.assert_close(two.factors.weight_N, one.factors.weight_N)
+
+
+def test_documents_of_several_micro_batches_are_different_ones() -> None:
+    state = ApproachState(method_of("sekd").approach)
+    entropies = [torch.arange(10.0), torch.arange(10.0)]
+    documents = [torch.ones(10, dtype=torch.long), torch.ones(10, dtype=torch.long)]
+    both = factors_of_batches(state, [{"entropy": each} for each in entropies], documents, 20, 4, 300)
+    for factors in both:  # two of ten tokens of each, and not four of twenty
+        assert factors.weight_N.nonzero()[:, 0].tolist() == [8, 9]
+        assert factors.weight_N.sum() == 10
+
+
+def test_the_look_at_the_global_batch_drops_nothing_out(tiny) -> None:
+    """Dropout would show the approach another student than the one that is trained, and shift the masks' stream."""
+    objective, targets, corpus = build(tiny, method_of("adakd"))
+    for layer in objective.student.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    objective.train()
+    batches = [collate(corpus, [np.asarray(block)], 256, PAD) for block in ([5, 0], [17, 3])]
+    step = targets.step(batches, 0.7)
+    arguments = (World(), torch.device("cpu"), torch.float32, step.positions, step.positions)
+    before = torch.get_rng_state()
+    first, second = (with_factors(objective, step.micro_batches, *arguments) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert objective.student.training
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one.factors.temperature_N, two.factors.temperature_N)

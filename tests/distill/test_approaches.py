@@ -193,7 +193,7 @@ def test_processes_share_out_the_look_at_the_global_batch(tiny, variant: str) ->
 
 def test_documents_of_several_micro_batches_are_different_ones() -> None:
     state = ApproachState(method_of("sekd").approach)
-    entropies = [torch.arange(10.0), torch.arange(10.0)]
+    entropies = [torch.arange(10.0), 100 + torch.arange(10.0)]
     documents = [torch.ones(10, dtype=torch.long), torch.ones(10, dtype=torch.long)]
     both = factors_of_batches(state, [{"entropy": each} for each in entropies], documents, 20, 4, 300)
     for factors in both:  # two of ten tokens of each, and not four of twenty

@@ -197,11 +197,19 @@ def test_the_fixed_temperature_is_the_mean_of_full() -> None:
     assert fixed.t2 == full.t2
 
 
-def test_controls_are_on_what_the_demo_is_on() -> None:
-    """The same `kd` and `full`, so that the two tables can be read beside each other."""
-    demo, controls = load_experiment(ROOT / "config/config.yaml"), load_experiment(CONTROLS)
-    for name in ("teacher", "data", "student", "training", "seeds", "suites"):
-        assert getattr(controls, name) == getattr(demo, name), name
+def test_controls_and_baselines_are_on_what_the_demo_is_on() -> None:
+    """With half its batch; their `kd` and `full` are the same ones, so that their tables can be read beside each other."""
+    demo, controls, baselines = (
+        load_experiment(ROOT / path) for path in ("config/config.yaml", CONTROLS, CONTROLS.with_name("baselines.yaml"))
+    )
+    for experiment in (controls, baselines):
+        for name in ("teacher", "data", "student", "seeds"):
+            assert getattr(experiment, name) == getattr(demo, name), name
+        halved = demo.training.model_copy(update={"blocks_per_step": 1, "micro_blocks": 1})
+        assert experiment.training == halved
+        (ours,), (theirs,) = experiment.suites.values(), demo.suites.values()
+        assert ours.model_copy(update={"limit": None}) == theirs
+        assert experiment.signals.mode == demo.signals.mode
     for arm in ("kd", "full"):
-        assert controls.resolved_arms[arm].trained_method == demo.resolved_arms[arm].trained_method
-    assert controls.signals.mode == demo.signals.mode
+        methods = [experiment.resolved_arms[arm].trained_method for experiment in (demo, controls, baselines)]
+        assert methods[0] == methods[1] == methods[2]

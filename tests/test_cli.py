@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from entkd import cli
+from entkd.cli import commands
 from entkd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +22,7 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
     """The commands in the rules parse, with each placeholder as some value."""
     import re
 
-    commands = set()
+    called = set()
     for rules in (ROOT / "workflow/rules").rglob("*.smk"):
         for block in re.findall(r"shell:\n((?:\s+f?\".*\"\n?)+)", rules.read_text()):
             text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
@@ -30,11 +31,11 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
             ).split()
             stage = vars(cli.parser().parse_args(words[1:]))["stage"]
             assert words[0] == "entkd"
-            commands.add(stage)
-    assert commands == set(cli.STAGES) - {"signals-verify", "check", "config-docs", "new", "unlock"}
+            called.add(stage)
+    assert called == set(commands.STAGES) - {"signals-verify", "check", "config-docs", "new", "unlock"}
 
 
-@pytest.mark.parametrize("stage", cli.STAGES)
+@pytest.mark.parametrize("stage", commands.STAGES)
 def test_every_argument_is_explained(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([stage, "--help"])
@@ -82,7 +83,7 @@ def test_user_mistakes_show_no_traceback(monkeypatch: pytest.MonkeyPatch, error:
     def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setitem(cli.STAGES, "check", (fail, "fails", "experiment"))
+    monkeypatch.setitem(commands.STAGES, "check", (fail, "fails", "experiment"))
     assert cli.main(["check"]) == status
 
 
@@ -90,7 +91,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(_: object) -> None:
         raise PermissionError("x")
 
-    monkeypatch.setitem(cli.STAGES, "check", (fail, "fails", "experiment"))
+    monkeypatch.setitem(commands.STAGES, "check", (fail, "fails", "experiment"))
     with pytest.raises(PermissionError):
         cli.main(["check"])
 

@@ -198,7 +198,7 @@ def test_the_fixed_temperature_is_the_mean_of_full() -> None:
 
 
 def test_controls_and_baselines_are_on_what_the_demo_is_on() -> None:
-    """With half its batch; their `kd` and `full` are the same ones, so that their tables can be read beside each other."""
+    """With half its batch; their `kd` and `full` are the same ones: their tables can be read beside each other."""
     demo, controls, baselines = (
         load_experiment(ROOT / path) for path in ("config/config.yaml", CONTROLS, CONTROLS.with_name("baselines.yaml"))
     )

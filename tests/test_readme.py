@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from entkd import __version__
-from entkd.cli import STAGES
+from entkd.cli.commands import STAGES
 from entkd.config import Experiment
 
 ROOT = Path(__file__).parent.parent

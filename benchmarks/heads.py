@@ -55,12 +55,19 @@ def entkd(hidden_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor, teacher_VE: 
     return total / len(hidden_ND)
 
 
+def entkd_rounded(hidden_ND: Tensor, weight_VD: Tensor, teacher_NE: Tensor, teacher_VE: Tensor) -> Tensor:
+    """This package with logits in bf16, to see what their rounding saves and costs."""
+    total = linear_divergence(hidden_ND, weight_VD, teacher_NE, teacher_VE, rounded_logits=True)
+    return total / len(hidden_ND)
+
+
 HEADS: dict[str, Head] = {
     "dense": dense,
     "trl_chunked": trl_chunked,
     "liger": _liger(compiled=False),
     "liger_compiled": _liger(compiled=True),
     "entkd": entkd,
+    "entkd_rounded": entkd_rounded,
 }
 """Who is timed. One line for another."""
 REFERENCE = "dense"

@@ -26,6 +26,7 @@ LABELS = {
     "liger": "Liger, chunked",
     "liger_compiled": "Liger, chunked, compiled",
     "entkd": "entkd",
+    "entkd_rounded": "entkd, bf16 logits",
     "products": "the four matrix products alone",
 }
 """Competitors in words."""

@@ -13,10 +13,12 @@ from entkd.products import RowsOf, projection
 from entkd.workspace import buffer
 
 
-def teacher_logits(hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype) -> RowsOf:
+def teacher_logits(
+    hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype, rounded: bool = False
+) -> RowsOf:
     """Logits of some rows, computed or, where there is no projection, as they are given."""
     if weight_UE is not None:
-        return projection(hidden_NE, weight_UE[:vocab_size], "teacher")
+        return projection(hidden_NE, weight_UE[:vocab_size], "teacher", rounded)
 
     def given(rows: slice) -> Tensor:
         logits_RU = hidden_NE.detach()[rows, :vocab_size]

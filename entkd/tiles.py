@@ -27,7 +27,13 @@ logits. May overwrite both tensors."""
 
 
 def tiled_loss(
-    hidden_ND: Tensor, weight_VD: Tensor, target: RowsOf, loss: TileLoss, vocab_size: int, terms: int = 1
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target: RowsOf,
+    loss: TileLoss,
+    vocab_size: int,
+    terms: int = 1,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Σ_i loss_i over all tokens, with gradients to hidden states and weight, and its terms, without.
 
@@ -43,6 +49,8 @@ def tiled_loss(
         Rows of the projection that are read; the gradient of those beyond is 0.
     terms
         T.
+    rounded
+        Whether logits of bf16 operands are rounded to bf16.
     """
     device = hidden_ND.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
@@ -50,7 +58,7 @@ def tiled_loss(
     # Inside forward() grad mode is always off, so ask here.
     wants = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_ND, weight_VD))
     found: tuple[Tensor, Tensor] = _TiledLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight_VD, target, loss, vocab_size, terms, low_precision, wants
+        hidden_ND, weight_VD, target, loss, vocab_size, terms, low_precision, rounded, wants
     )
     return found
 
@@ -68,6 +76,7 @@ class _TiledLoss(torch.autograd.Function):
         vocab_size: int,
         terms: int,
         low_precision: bool,
+        rounded: bool,
         wants: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         dtype, device = compute_dtype(hidden_ND), hidden_ND.device
@@ -75,7 +84,7 @@ class _TiledLoss(torch.autograd.Function):
             product_dtype = torch.bfloat16 if low_precision else dtype
             used_ND = hidden_ND.to(product_dtype)
             used_VD = cast(weight_VD[:vocab_size], product_dtype, "weight of products")
-            logits = projection(used_ND, used_VD, "logits")
+            logits = projection(used_ND, used_VD, "logits", rounded)
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
             weight_grad_VD = recycled(weight_VD.shape, dtype, device) if wants[1] else None
             if weight_grad_VD is not None:
@@ -85,7 +94,7 @@ class _TiledLoss(torch.autograd.Function):
             for tile in slices(len(hidden_ND), tile_rows(vocab_size, device)):
                 logits_RV = logits(tile)
                 value, value_T, grad_RV = _tile(
-                    logits_RV, target(tile), loss, tile.start, product_dtype, any(wants), terms
+                    logits_RV, target(tile), loss, tile.start, dtype, product_dtype, any(wants), terms
                 )
                 total += value
                 total_T += value_T
@@ -112,7 +121,7 @@ class _TiledLoss(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         gradients.clear()
-        return hidden_grad_ND, weight_grad_VD, None, None, None, None, None, None
+        return hidden_grad_ND, weight_grad_VD, *(None,) * 7
 
 
 def _tile(
@@ -120,6 +129,7 @@ def _tile(
     target_R: Tensor,
     loss: TileLoss,
     start: int,
+    dtype: torch.dtype,
     grad_dtype: torch.dtype,
     wants_grad: bool,
     terms: int,
@@ -132,15 +142,27 @@ def _tile(
     grad_RV = logits_RV
     if grad_dtype != logits_RV.dtype:
         grad_RV = buffer("gradient of logits", logits_RV.shape, grad_dtype, logits_RV.device)
-    total, total_T = logits_RV.new_zeros(()), logits_RV.new_zeros(terms)
+    total, total_T = (torch.zeros(shape, dtype=dtype, device=logits_RV.device) for shape in ((), (terms,)))
     for piece in slices(len(logits_RV), piece_rows(logits_RV.shape[1], logits_RV.device)):
         rows = slice(start + piece.start, start + piece.stop)
-        value, value_T, piece_grad_RV = loss(logits_RV[piece], target_R[piece], rows, wants_grad)
+        value, value_T, piece_grad_RV = loss(
+            _computed(logits_RV[piece], dtype, "piece of logits"),
+            _computed(target_R[piece], dtype, "piece of targets"),
+            rows,
+            wants_grad,
+        )
         total += value
         total_T += value_T
         if piece_grad_RV is not None:
             grad_RV[piece] = piece_grad_RV
     return total, total_T, grad_RV
+
+
+def _computed(piece_R: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Rounded logits in the dtype that the loss computes in; all else as it is."""
+    if piece_R.dtype != torch.bfloat16:
+        return piece_R
+    return buffer(name, piece_R.shape, dtype, piece_R.device).copy_(piece_R)
 
 
 def slices(length: int, rows: int) -> Iterator[slice]:

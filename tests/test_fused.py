@@ -246,6 +246,25 @@ def test_bf16_gradients_are_within_one_percent_where_bf16_logits_are_not(name, w
     assert relative_error(naive.grad, w64.grad) > 0.05
 
 
+def test_rounded_logits_are_those_of_a_plain_bf16_projection(monkeypatch):
+    """As noisy as the naive loss, in as many tiles as there are; without an effect on operands that are not bf16."""
+    tensors = close_pair(torch.bfloat16)
+    h64, w64 = rounded(tensors)
+    exact = DIVERGENCES["forward_kl"](h64 @ w64.T, tensors[2].double() @ tensors[3].double().T)
+    exact.sum().backward()
+    h, w = (tensor.clone().requires_grad_() for tensor in tensors[:2])
+    plain = DIVERGENCES["forward_kl"](h @ w.T, tensors[2] @ tensors[3].T)
+    plain.sum().backward()
+    monkeypatch.setattr("entkd.tiles.tile_rows", lambda *_: 7)
+    value, dh, dw = run(tensors, divergence="forward_kl", rounded_logits=True)
+    assert value == pytest.approx(plain.sum().item(), rel=1e-3)
+    assert relative_error(dw, w.grad) < 0.01
+    assert relative_error(dh, h.grad) < 0.01
+    assert 0.05 < relative_error(dw, w64.grad) < 0.5
+    single = [tensor.float() for tensor in tensors]
+    assert_close(run(single, rounded_logits=True), run(single), 0)
+
+
 def test_bf16_without_autocast_and_fp32_states_under_autocast_are_as_good():
     tensors = close_pair(torch.float32)
     h64, w64 = rounded(tensors)

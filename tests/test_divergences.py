@@ -16,20 +16,7 @@ from entkd.config import DIVERGENCE_NAMES
 from entkd.config.method import Divergence
 from entkd.divergences import DIVERGENCES
 
-CASES = [(name, {}) for name in DIVERGENCE_NAMES] + [
-    ("jsd", {"beta": 0.2}),
-    ("jsd", {"beta": 0.8}),
-    ("jsd", {"beta": 0.0}),
-    ("jsd", {"beta": 1.0}),
-    ("skew_kl", {"alpha": 0.3}),
-    ("skew_kl", {"alpha": 0.0}),
-    ("skew_reverse_kl", {"alpha": 0.3}),
-    ("skew_reverse_kl", {"alpha": 0.0}),
-    ("adaptive_kl", {"mu": 0.8}),
-    ("adaptive_kl", {"variant": "cover"}),
-    ("alpha_beta", {"alpha": 0.5, "beta": 0.5}),
-    ("alpha_beta", {"alpha": 1.3, "beta": 0.4}),
-]
+CASES = [(name, {}) for name in DIVERGENCE_NAMES] + formulas.OTHER_SETTINGS
 NEEDS_SUPPORT = ("reverse_kl", "todi", "adaptive_kl")
 """Hold KL(q‖p), which is infinite where the teacher excludes a token."""
 

@@ -20,15 +20,7 @@ from entkd.divergences import DIVERGENCES
 from entkd.fused import linear_cross_entropy, linear_distillation, linear_divergence, linear_statistics
 from entkd.sparse import SparseTarget, draw_target, sparse_forward_kl
 
-OTHER_SETTINGS = [
-    ("jsd", {"beta": 0.2}),
-    ("jsd", {"beta": 0.8}),
-    ("skew_kl", {"alpha": 0.3}),
-    ("skew_reverse_kl", {"alpha": 0.3}),
-    ("adaptive_kl", {"mu": 0.7, "variant": "cover"}),
-    ("alpha_beta", {"alpha": 0.5, "beta": 0.5}),
-]
-CASES = [(name, {}) for name in DIVERGENCE_NAMES] + OTHER_SETTINGS
+CASES = [(name, {}) for name in DIVERGENCE_NAMES] + formulas.OTHER_SETTINGS
 N, D, E, V = 13, 6, 8, 17
 
 

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from references import formulas
 
 from entkd.config import DIVERGENCE_NAMES
 from entkd.divergences import DIVERGENCES
 from entkd.kernels import TERMS, _out_of_place, value_and_gradient
 
-CASES = [(name, {}) for name in DIVERGENCE_NAMES] + [
-    ("jsd", {"beta": 0.0}),
-    ("jsd", {"beta": 0.2}),
-    ("jsd", {"beta": 1.0}),
-    ("skew_kl", {"alpha": 0.0}),
-    ("skew_kl", {"alpha": 0.6}),
-    ("skew_reverse_kl", {"alpha": 0.0}),
-    ("skew_reverse_kl", {"alpha": 0.6}),
-    ("adaptive_kl", {"mu": 0.8, "variant": "cover"}),
-    ("alpha_beta", {"alpha": 1.0, "beta": 0.5}),
-]
+CLOSED = [name for name in DIVERGENCE_NAMES if name in TERMS]
+CASES = [(name, {}) for name in CLOSED] + [case for case in formulas.OTHER_SETTINGS if case[0] in TERMS]
 
 
 def logits(rows=7, vocab=50):
@@ -48,9 +40,7 @@ def test_value_and_gradient_follow_the_definition(name, settings, tempered):
         torch.testing.assert_close(gradient, expected[1], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DIVERGENCE_NAMES if name not in ("reverse_kl", "todi", "adaptive_kl")]
-)
+@pytest.mark.parametrize("name", [name for name in CLOSED if name not in ("reverse_kl", "todi", "adaptive_kl")])
 def test_a_teacher_of_exact_zeros_gives_finite_numbers(name):
     student, _ = logits()
     teacher = torch.full_like(student, -torch.inf)
@@ -62,7 +52,7 @@ def test_a_teacher_of_exact_zeros_gives_finite_numbers(name):
     torch.testing.assert_close(gradient, expected[1], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", DIVERGENCE_NAMES)
+@pytest.mark.parametrize("name", CLOSED)
 def test_extreme_logits_give_finite_gradients(name):
     student, teacher = (1e3 * tensor.float() for tensor in logits())
     value, gradient = _out_of_place(student, teacher, None, TERMS[name], {})
@@ -70,8 +60,10 @@ def test_extreme_logits_give_finite_gradients(name):
     assert torch.isfinite(value).all()
 
 
-def test_every_divergence_here_has_a_closed_form():
-    assert set(TERMS) == {*DIVERGENCES, "bdkd"}
+def test_the_nine_divergences_and_bdkd_have_a_closed_form():
+    """A new one may do without."""
+    assert set(TERMS) - set(DIVERGENCES) == {"bdkd"}
+    assert len(TERMS) >= 10
 
 
 def test_one_without_a_closed_form_is_differentiated(monkeypatch):

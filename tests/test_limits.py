@@ -229,21 +229,10 @@ def test_14_order_of_tokens_and_vocabulary_change_nothing(name, seed, progress):
     assert_equal(shuffled, (value, dh[tokens], dw[entries]), 1e-6)
 
 
-@pytest.mark.parametrize(
-    "divergence",
-    [
-        {"name": "jsd", "beta": 0.2},
-        {"name": "jsd", "beta": 0.8},
-        {"name": "skew_kl", "alpha": 0.3},
-        {"name": "skew_reverse_kl", "alpha": 0.3},
-        {"name": "alpha_beta", "alpha": 0.5, "beta": 0.5},
-        {"name": "adaptive_kl", "mu": 0.7, "variant": "cover"},
-    ],
-)
-def test_17_settings_reach_the_formula(divergence):
+@pytest.mark.parametrize(("name", "parameters"), formulas.OTHER_SETTINGS)
+def test_17_settings_reach_the_formula(name, parameters):
     tensors = problem()
-    name, parameters = divergence["name"], {key: value for key, value in divergence.items() if key != "name"}
-    value, _, _ = run(Method(divergence=divergence), tensors)
+    value, _, _ = run(Method(divergence={"name": name} | parameters), tensors)
     h, w, th, tw = (tensor.numpy() for tensor in tensors)
     expected = np.mean([formulas.divergence(name, w @ h[i], tw @ th[i], **parameters) for i in range(N)])
     default = np.mean([formulas.divergence(name, w @ h[i], tw @ th[i]) for i in range(N)])

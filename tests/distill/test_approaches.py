@@ -21,18 +21,14 @@ from entkd.distill.scan import needs_scan, with_factors
 from entkd.methods import APPROACHES
 
 TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
-VARIANTS = {
+VARIANTS = {name: {"name": name} for name in APPROACHES} | {
     "adakd": {"name": "adakd", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
     "adakd_latf": {"name": "adakd", "parts": "focusing", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
     "adakd_idts": {"name": "adakd", "parts": "tempering"},
-    "sekd": {"name": "sekd"},
     "sekd_teacher": {"name": "sekd", "by": "teacher", "variant": "paper"},
-    "eakd": {"name": "eakd"},
     "eakd_mean": {"name": "eakd", "normalise": "mean"},
-    "bdkd": {"name": "bdkd"},
     "taid": {"name": "taid", "alpha": 0.05},
     "taid_paper": {"name": "taid", "variant": "paper", "alpha": 0.05},
-    "ctkd": {"name": "ctkd"},
 }
 
 
@@ -74,10 +70,6 @@ def loss_and_gradient(tiny, method: Method, micros, state: dict[str, float] | No
         for name, value in losses.items():
             terms[name] = terms.get(name, 0.0) + value.item()
     return total, {name: p.grad.clone() for name, p in objective.named_parameters()}, terms
-
-
-def test_every_approach_is_tried_here() -> None:
-    assert {settings["name"] for settings in VARIANTS.values()} == set(APPROACHES)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -20,6 +20,23 @@ SETTINGS = {
     "todi": {},
     "tvd": {},
 }
+"""The defaults of the method."""
+
+OTHER_SETTINGS = [
+    ("jsd", {"beta": 0.2}),
+    ("jsd", {"beta": 0.8}),
+    ("jsd", {"beta": 0.0}),
+    ("jsd", {"beta": 1.0}),
+    ("skew_kl", {"alpha": 0.3}),
+    ("skew_kl", {"alpha": 0.0}),
+    ("skew_reverse_kl", {"alpha": 0.3}),
+    ("skew_reverse_kl", {"alpha": 0.0}),
+    ("adaptive_kl", {"mu": 0.8}),
+    ("adaptive_kl", {"variant": "cover"}),
+    ("alpha_beta", {"alpha": 0.5, "beta": 0.5}),
+    ("alpha_beta", {"alpha": 1.3, "beta": 0.4}),
+]
+"""Further points, the ends of the ranges among them, at which every test of divergences looks."""
 
 
 def softmax(logits, temperature=1.0):

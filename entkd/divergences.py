@@ -13,10 +13,21 @@ Shapes: N tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {}
+"""Every divergence by its name in the settings."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def _divergence(function: _Function) -> _Function:
+    """Enter a function into `DIVERGENCES` by its name."""
+    DIVERGENCES[function.__name__] = function
+    return function
 
 
 def _log_probabilities(student_NV: Tensor, teacher_NV: Tensor, temperature_N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -40,18 +51,21 @@ def log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
     return mixture_NV.clamp_min(torch.finfo(mixture_NV.dtype).tiny).log()
 
 
+@_divergence
 def forward_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None) -> Tensor:
     """KL(p‖q) = Σ p log(p/q) (Hinton 2015, arXiv 1503.02531; Kim & Rush 2016, arXiv 1606.07947)."""
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     return _expectation(log_p.exp(), log_p - log_q)
 
 
+@_divergence
 def reverse_kl(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None) -> Tensor:
     """KL(q‖p) = Σ q log(q/p), the token-level form of MiniLLM (arXiv 2306.08543)."""
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     return _expectation(log_q.exp(), log_q - log_p)
 
 
+@_divergence
 def jsd(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None, *, beta: float = 0.5
 ) -> Tensor:
@@ -70,6 +84,7 @@ def jsd(
     return beta * _expectation(p, log_p - log_m) + (1 - beta) * _expectation(q, log_q - log_m)
 
 
+@_divergence
 def skew_kl(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None, *, alpha: float = 0.1
 ) -> Tensor:
@@ -81,6 +96,7 @@ def skew_kl(
     return _expectation(p, log_p - log_mixture(p, log_q.exp(), alpha))
 
 
+@_divergence
 def skew_reverse_kl(
     student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None, *, alpha: float = 0.1
 ) -> Tensor:
@@ -92,6 +108,7 @@ def skew_reverse_kl(
     return _expectation(q, log_q - log_mixture(q, log_p.exp(), alpha))
 
 
+@_divergence
 def adaptive_kl(
     student_logits_NV: Tensor,
     teacher_logits_NV: Tensor,
@@ -130,6 +147,7 @@ def adaptive_shares(p_NV: Tensor, q_NV: Tensor, mu: float, variant: str) -> Tens
     return torch.where(total_gap > 0, head_gap / total_gap.clamp_min(torch.finfo(p_NV.dtype).tiny), 0.5)
 
 
+@_divergence
 def alpha_beta(
     student_logits_NV: Tensor,
     teacher_logits_NV: Tensor,
@@ -149,6 +167,7 @@ def alpha_beta(
     return -terms.sum(-1) / (alpha * beta)
 
 
+@_divergence
 def todi(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None) -> Tensor:
     """Σ_v [w p log(p/q) + (1-w) q log(q/p)], w = σ(log p - log q) per entry, detached (ToDi, arXiv 2505.16297).
 
@@ -161,21 +180,8 @@ def todi(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Te
     return _expectation(w * p, log_ratio) - _expectation((1 - w) * q, log_ratio)
 
 
+@_divergence
 def tvd(student_logits_NV: Tensor, teacher_logits_NV: Tensor, temperature_N: Tensor | None = None) -> Tensor:
     """½ Σ|p - q|, the total variation distance, in [0, 1]."""
     log_q, log_p = _log_probabilities(student_logits_NV, teacher_logits_NV, temperature_N)
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "adaptive_kl": adaptive_kl,
-    "alpha_beta": alpha_beta,
-    "todi": todi,
-    "tvd": tvd,
-}
-"""Every divergence by its name in the settings."""

@@ -7,7 +7,7 @@ results made by different formulas are never mixed.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import Field, field_validator, model_validator
 
@@ -19,6 +19,8 @@ from entkd.settings import Settings
 
 
 class _Divergence(Settings):
+    if TYPE_CHECKING:
+        name: str  # stated by each class below
     weight: float = Field(1.0, gt=0)
     """a_kd, the weight of the distillation term in the total loss."""
     version: Literal[1] = 1
@@ -106,22 +108,15 @@ class TVD(_Divergence):
     """Which divergence."""
 
 
-Divergence = Annotated[
-    ForwardKL | ReverseKL | JSD | SkewKL | SkewReverseKL | AdaptiveKL | AlphaBeta | ToDi | TVD,
-    Field(discriminator="name"),
-]
+_DIVERGENCES = tuple(_Divergence.__subclasses__())
 
-DIVERGENCE_NAMES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "adaptive_kl",
-    "alpha_beta",
-    "todi",
-    "tvd",
-)
+if TYPE_CHECKING:
+    Divergence = _Divergence
+else:
+    Divergence = Annotated[Union[_DIVERGENCES], Field(discriminator="name")]  # noqa: UP007
+
+DIVERGENCE_NAMES: tuple[str, ...] = tuple(cls.model_fields["name"].default for cls in _DIVERGENCES)
+"""Of the classes above, in their order; nothing else in the settings has to be told of a new one."""
 
 
 OnPolicy = Annotated[GKD | DistiLLM, Field(discriminator="name")]

@@ -231,4 +231,6 @@ def test_golden_values(name):
     version = TypeAdapter(Divergence).validate_python({"name": name}).version
     student, teacher = torch.tensor([STUDENT], dtype=torch.float64), torch.tensor([TEACHER], dtype=torch.float64)
     temperature = torch.tensor([1.5], dtype=torch.float64)
+    line = f'("{name}", {version}): {formulas.divergence(name, STUDENT, TEACHER, 1.5):.12g},'
+    assert (name, version) in GOLDEN, f"GOLDEN has no value of this version; the reference says {line}"
     assert DIVERGENCES[name](student, teacher, temperature).item() == pytest.approx(GOLDEN[name, version], rel=1e-9)

@@ -60,10 +60,9 @@ def test_extreme_logits_give_finite_gradients(name):
     assert torch.isfinite(value).all()
 
 
-def test_the_nine_divergences_and_bdkd_have_a_closed_form():
-    """A new one may do without."""
+def test_closed_forms_are_of_divergences_and_bdkd():
+    """Not of every divergence: a new one may do without."""
     assert set(TERMS) - set(DIVERGENCES) == {"bdkd"}
-    assert len(TERMS) >= 10
 
 
 def test_one_without_a_closed_form_is_differentiated(monkeypatch):

@@ -1,7 +1,9 @@
-"""The skeleton of a new method is one that can be used, and its test one that passes."""
+"""The skeleton of a new method runs and its test passes; the suite then asks for what only its author can write."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,17 +17,25 @@ from entkd.new import new
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_skeleton_passes_its_own_test(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "entkd", tmp_path / "entkd", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "tests").mkdir()
-    written = new("method", "my_method", tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in written] == [
-        "entkd/methods/my_method.py",
-        "tests/methods/test_my_method.py",
-    ]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
-    assert "3 passed" in run.stdout, run.stdout + run.stderr
+def test_the_skeleton_passes_its_own_test_and_lacks_a_reference(tmp_path: Path) -> None:
+    for name in ("entkd", "tests/methods", "tests/references"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+
+    def python(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+
+    written = ("entkd/methods/my_method.py", "tests/methods/test_my_method.py")
+    first, second, *what_is_left = python("entkd.cli", "new", "method", "my_method").splitlines()
+    assert [first, second] == [str(tmp_path / path) for path in written]
+    named = re.findall(r"[\w/]+\.(?:py|md)", "\n".join(what_is_left))
+    assert len(named) == 4
+    assert all((ROOT / path).is_file() for path in named)
+    reference = "tests/methods/test_formulas.py::test_every_approach_has_a_reference"
+    suite = python("pytest", "-q", "-p", "no:cacheprovider", written[1], reference)
+    assert "1 failed, 3 passed" in suite
+    assert re.search(r"AssertionError: write its loss .* tests/methods/cases.py\n.*\{'my_method'\}", suite)
 
 
 @pytest.mark.parametrize("name", ["Mine", "my-method", "class", "../x", "adakd"])

@@ -192,10 +192,11 @@ def _config_docs(args: argparse.Namespace) -> None:
 
 
 def _new(args: argparse.Namespace) -> None:
-    from entkd.new import new
+    from entkd.new import NEXT, new
 
     for path in new(args.kind, args.name):
         print(path)
+    print(NEXT)
 
 
 def _unlock(args: argparse.Namespace) -> None:
@@ -266,6 +267,6 @@ STAGES: dict[str, Stage] = {
     ),
     "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
     "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),
-    "new": (_new, "write the files that a new method starts from", "kind name"),
+    "new": (_new, "write a method and its test that run, to start from", "kind name"),
     "unlock": (_unlock, "free a folder whose Snakemake was killed", ""),
 }

@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
             elif option == "folders":
                 stage.add_argument("folders", nargs="+", type=_folder, help="folders of runs, or their run.json")
             elif option == "kind":
-                stage.add_argument("kind", choices=["method"], help="what to begin")
+                stage.add_argument("kind", choices=["method"], help="what an arm names as its `approach`")
             elif option == "name":
                 stage.add_argument("name", help="its name in the settings: lower-case letters, digits and _")
             elif option == "experiment":

@@ -1,11 +1,8 @@
-"""What the README and CONTRIBUTING promise exists: commands, links, snippets, diffs that still apply, pins."""
+"""What the README and CONTRIBUTING promise exists: commands, links, snippets, names, pins."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import tomllib
 from pathlib import Path
 
@@ -16,7 +13,8 @@ from packaging.utils import canonicalize_name
 
 from entkd import __version__
 from entkd.cli.commands import STAGES
-from entkd.config import Experiment
+from entkd.config import DIVERGENCE_NAMES, Experiment
+from entkd.methods import APPROACHES
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "results/README.md"]
@@ -77,36 +75,9 @@ def test_yaml_snippets_are_arms_of_the_demo() -> None:
         Experiment.model_validate(demo | {"arms": arms, "tune": snippet.get("tune")})
 
 
-def test_diffs_of_the_recipes_apply(tmp_path: Path) -> None:
-    """`git apply` takes each as it stands in the guide, and what it makes are whole Python and YAML files."""
-    diffs = blocks("CONTRIBUTING.md", "diff")
-    assert len(diffs) == 5
-    for number, diff in enumerate(diffs):
-        folder = tmp_path / str(number)
-        paths = re.findall(r"^\+\+\+ b/(\S+)$", diff, re.M)
-        for old, path in zip(re.findall(r"^--- (\S+)$", diff, re.M), paths, strict=True):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            if old != "/dev/null":
-                assert old == f"a/{path}"
-                shutil.copy(ROOT / path, folder / path)
-            assert (old == "/dev/null") == (not (ROOT / path).exists()), path
-        outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}  # so that no repository changes the paths
-        for check in (["--check"], []):
-            command = ["git", "apply", *check, "-"]
-            applied = subprocess.run(command, cwd=folder, env=outside, input=diff, text=True, capture_output=True)
-            assert applied.returncode == 0, applied.stderr
-        for path in paths:
-            text = (folder / path).read_text(encoding="utf-8")
-            if path.endswith(".py"):
-                compile(text, path, "exec")
-            if path.endswith(".yaml"):
-                Experiment.model_validate(yaml.safe_load(text))
-
-
-def test_a_pipeline_is_at_most_25_lines() -> None:
-    diff = next(body for body in blocks("CONTRIBUTING.md", "diff") if "warm_start.smk" in body)
-    rules = diff.split("--- a/workflow/Snakefile")[0]
-    assert 5 < len(re.findall(r"^\+(?!\+)", rules, re.M)) <= 25
+def test_the_method_names_everything_that_can_be_set() -> None:
+    text = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    assert [name for name in (*DIVERGENCE_NAMES, *APPROACHES) if f"| `{name}` |" not in text] == []
 
 
 def test_every_dependency_is_pinned_once_and_allowed() -> None:

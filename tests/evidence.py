@@ -48,8 +48,8 @@ PAGE = """\
 Written by the tests themselves: `make evidence` runs them, takes what each reports if it passes, and fails where a cell
 stays empty. Do not edit by hand; the last digit of an error may differ between machines.
 
-- **Independent reference**: where the formula is from that a second implementation, in fp64 numpy under
-  [tests/references](../tests/references), was written from. It imports nothing of `entkd`.
+- **Independent reference**: what the second implementation of the formula was written from. It is fp64 numpy under
+  [tests/references](../tests/references) and imports nothing of `entkd`.
 - **Errors**: the largest absolute ones against that reference, over three seeds, of the loss that the training loop
   computes and of its gradient by the student's logits (with features, by its hidden states and the projectors as well),
   in fp64. References of gradients are closed forms or central differences, which are good to about 1e-9. For `gkd`
@@ -59,7 +59,8 @@ stays empty. Do not edit by hand; the last digit of an error may differ between 
   schedule of student text, what ten steps train on: `w` new text, `r` text from the buffer, `d` data.
 - **Resumes bit for bit**: a run stopped inside a step and continued ends with the weights and the log of one that was
   not stopped.
-- **Runs in tests/tiny**: through the real workflow from teacher to table, with weights that no other arm has.
+- **Runs in tests/tiny**: through the real workflow from teacher to table, with weights that no other arm has. Settings
+  are those of the arm, but for those without which a state would not move, or text get long, within six steps.
 
 ## Methods
 
@@ -108,7 +109,9 @@ def page(cells: Cells) -> str:
         lines = [f"| | {' | '.join(COLUMNS.values())} |", "|---" * (1 + len(COLUMNS)) + "|"]
         for row in rows:
             values = (cells[row, column] for column in COLUMNS)
-            shown = [f"{value:.0e}" if isinstance(value, float) else str(value) for value in values]
+            shown = [
+                f"{value:.0e}".replace("0e+00", "0") if isinstance(value, float) else str(value) for value in values
+            ]
             lines.append(f"| `{row}` | {' | '.join(shown)} |")
         return "\n".join(lines)
 

@@ -19,7 +19,7 @@ from entkd.cli.commands import STAGES
 from entkd.config import Experiment
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "results/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/evidence.md", "results/README.md"]
 FENCE = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```", re.M | re.S)
 
 

@@ -1,7 +1,8 @@
 # make ablation [EXPERIMENT=quick]   the whole experiment: table and figures
 # make figures [EXPERIMENT=quick]    only the figures, from scores that are there
 # make test, make lint               what CI runs
-# make test-slow                     tests that load the bundled teacher
+# make test-slow                     tests that load the bundled teacher or take minutes
+# make evidence                      docs/evidence.md, from the tests of every method (minutes)
 # make bench [ROWS=FILE.jsonl]       timings side by side with public trainers, results/bench and docs/performance.md
 # make clean                         removes .venv and caches; never results
 
@@ -16,10 +17,12 @@ FILE = $(if $(EXPERIMENT),config/experiments/$(EXPERIMENT).yaml,config/config.ya
 CONFIG = $(if $(EXPERIMENT),--config experiment=$(FILE))
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/.installed
+EVIDENCE := $(addprefix tests/,methods test_seqkd.py test_student_text_schedules.py test_every_arm.py) $(addprefix \
+  tests/distill/test_,approaches.py onpolicy.py onpolicy_loss.py resume.py)
 BENCH := .venv/.installed-bench
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help ablation figures test test-slow bench lint clean
+.PHONY: help ablation figures test test-slow evidence bench lint clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -52,6 +55,10 @@ test: $(READY)
 
 test-slow: $(READY)
 	python -m pytest -m slow
+
+evidence: export OMP_NUM_THREADS := 1
+evidence: $(READY)
+	python -m pytest --evidence docs/evidence.md $(EVIDENCE)
 
 # One thing at a time: whatever runs beside it is measured too.
 bench: $(BENCH)

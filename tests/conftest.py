@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evidence import evidence, pytest_addoption, pytest_configure  # noqa: F401  # pytest takes them from here
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -79,6 +80,11 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
         splits[split] = documents
     summary = {split: summarise(documents, {}) for split, documents in splits.items()}
     write_manifest(
-        folder, {"source": "test"}, tiny_tokenizer, vocab_size=len(tokenizer), eos_token_id=2, splits=summary
+        folder,
+        {"source": "test", "max_tokens": 64},
+        tiny_tokenizer,
+        vocab_size=len(tokenizer),
+        eos_token_id=2,
+        splits=summary,
     )
     return folder

@@ -163,6 +163,16 @@ def test_jsd_tends_to_both_kls_by_its_quotients():
         assert value.max() < 1e-4  # itself it vanishes
 
 
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name.startswith("skew_")])
+def test_skew_tends_to_kl(name):
+    end = "reverse_kl" if "reverse" in name else "forward_kl"
+    student, teacher = logits(5, 20, 11, scale=1.0)
+    limit = np.array([formulas.divergence(end, s, z) for s, z in zip(student.numpy(), teacher.numpy(), strict=True)])
+    gaps = [(limit - DIVERGENCES[name](student, teacher, alpha=alpha).numpy()) / limit for alpha in (1e-2, 1e-4, 1e-6)]
+    assert (np.diff(gaps, axis=0) < 0).all()
+    assert np.abs(gaps[-1]).max() < 1e-5
+
+
 def test_alpha_beta_tends_to_both_kls():
     student, teacher = logits(5, 20, 8, scale=1.0)
     for name, alpha, beta in (("forward_kl", 1.0, 1e-6), ("reverse_kl", 1e-6, 1.0)):
@@ -176,7 +186,9 @@ def test_todi_has_the_value_of_both_kls_and_another_gradient():
     value, gradient = value_and_gradient("todi", student, teacher)
     forward, g_forward = value_and_gradient("forward_kl", student, teacher)
     reverse, g_reverse = value_and_gradient("reverse_kl", student, teacher)
-    torch.testing.assert_close(value, forward + reverse)
+    torch.testing.assert_close(value, forward + reverse)  # Jeffreys' divergence
+    torch.testing.assert_close(DIVERGENCES["todi"](teacher, student), value)
+    assert (DIVERGENCES["forward_kl"](teacher, student) - forward).abs().max() > 0.01  # which is not symmetric itself
     assert (gradient - g_forward - g_reverse).abs().max() > 0.01
 
 

@@ -17,7 +17,7 @@ from entkd.config import DIVERGENCE_NAMES, Experiment
 from entkd.methods import APPROACHES
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "results/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/method.md", "docs/evidence.md", "results/README.md"]
 FENCE = re.compile(r"^[ ]*```(\w+)\n(.*?)^[ ]*```", re.M | re.S)
 
 

@@ -138,7 +138,13 @@ def test_a_new_pipeline_trains_its_arms(copy: Path) -> None:
     assert student in job.partition("output:")[2]
 
 
-DIVERGENCES = ["tests/test_divergences.py", "tests/test_kernels.py", "tests/test_fused.py", "tests/test_limits.py"]
+DIVERGENCES = [
+    "tests/test_divergences.py",
+    "tests/methods/test_bases.py",
+    "tests/test_kernels.py",
+    "tests/test_fused.py",
+    "tests/test_limits.py",
+]
 METHODS = ["tests/methods/test_formulas.py", "tests/distill/test_approaches.py", "tests/test_references.py"]
 
 
@@ -159,6 +165,7 @@ def test_a_new_divergence_and_a_new_method_pass_the_tests(copy: Path) -> None:
     for test in (
         "test_divergences.py::test_value_and_gradient[1.0-hellinger-",
         "test_divergences.py::test_golden_values[hellinger]",
+        "test_bases.py::test_golden_values[hellinger_full]",
         "test_fused.py::test_value_and_gradients_follow_the_definition[dtype0-1e-05-hellinger-",
         "test_limits.py::test_14",
         "test_formulas.py::test_loss_and_gradient[certainty-0]",

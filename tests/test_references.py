@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from references import methods, schedules
-from references.formulas import divergence, entropy, gradient, softmax
+from references import components, methods, schedules
+from references.formulas import SETTINGS, divergence, entropy, gradient, softmax
 
 UNIFORM = [0.0, 0.0, 0.0, 0.0]
 PEAKED = [60.0, 0.0, 0.0, 0.0]
@@ -325,3 +325,51 @@ def test_gkd_share():
     assert abs(sum(schedules.gkd_source(u, 0.3) == "student" for u in draws) - mean) < 4 * deviation
     assert {schedules.gkd_source(u, 0.0) for u in draws} == {"data"}
     assert {schedules.gkd_source(u, 1.0) for u in draws} == {"student"}
+
+
+CLOSED = [("jsd", {}), ("jsd", {"beta": 0.2}), ("skew_kl", {"alpha": 0.4})]
+
+
+@pytest.mark.parametrize(("name", "settings"), [case for case in CLOSED if case[0] in SETTINGS])
+def test_closed_gradients_by_central_differences(name, settings):
+    student, teacher = tokens(2)
+    assert components.slope(name, student, teacher, **settings) == pytest.approx(
+        gradient(name, student, teacher, **settings)
+    )
+
+
+def test_cross_entropy_by_hand_and_by_central_differences():
+    students, labels = tokens(4), [0, 3, 6, 3]
+    value, found = components.cross_entropy([logs(0.5, 0.5), logs(0.8, 0.2)], [1, 0])
+    assert value == pytest.approx((math.log(2) - math.log(0.8)) / 2)
+    assert found == pytest.approx(np.array([[0.25, -0.25], [-0.1, 0.1]]))
+    numeric = methods.difference(lambda z: components.cross_entropy(z, labels)[0], students)
+    assert components.cross_entropy(students, labels)[1] == pytest.approx(numeric, abs=1e-9)
+
+
+def test_features_by_hand_and_by_central_differences():
+    turned = np.array([[0.0, 1.0], [-1.0, 0.0]])
+    value, _, _ = components.features([[[1.0, 0.0], [3.0, 4.0]]], [[[9.0, 9.0], [4.0, 3.0]]], [np.eye(2)], [0.2, 0.9])
+    assert value == pytest.approx(1 - 24 / 25)
+    value, _, _ = components.features(np.ones((1, 2, 2)), [[[1.0, 0.0]] * 2], [turned], [0.9, 0.9])
+    assert value == pytest.approx(1 - math.sqrt(0.5))
+    states, targets, maps = tokens(3, 4)[None], tokens(3, 5, seed=1)[None], tokens(5, 4, seed=2)[None]
+    d = [0.9, 0.1, 0.85]
+    _, by_state, by_map = components.features(states, targets, maps, d)
+    numeric = methods.difference(lambda x: components.features(x, targets, maps, d)[0], states)
+    assert by_state[0] == pytest.approx(numeric[0], abs=1e-9)
+    numeric = methods.difference(lambda w: components.features(states, targets, w, d)[0], maps)
+    assert by_map[0] == pytest.approx(numeric[0], abs=1e-9)
+
+
+def test_weights_and_temperatures_by_hand():
+    sure, unsure, even = logs(0.9, 0.1), logs(0.6, 0.4), logs(0.5, 0.5)
+    d = components.difficulties([sure, even, unsure, even])
+    assert d == pytest.approx([1 / 8, 3 / 4, 3 / 8, 3 / 4])
+    raw = np.array([1 - 0.36, 1 + 0.24, 1 - 0.12, 1 + 0.24])  # 0.8 · 0.6 · (2 d - 1)
+    assert components.curriculum(d, 0.8) == pytest.approx(raw / 1.0)
+    assert components.temperatures([0.0, 0.5, 1.0], base=2.0) == pytest.approx(
+        [2 / math.sqrt(math.e), 2, 2 * math.sqrt(math.e)]
+    )
+    value, _ = components.distillation("forward_kl", [even], [sure], np.array([3.0]), np.array([2.0]))
+    assert value == pytest.approx(12 * divergence("forward_kl", even, sure, 2.0))

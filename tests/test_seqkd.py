@@ -33,7 +33,7 @@ def folders(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return root / "teacher", root / "data", root / "seqkd"
 
 
-def test_responses_are_the_teachers_greedy_ones(folders: tuple[Path, Path, Path]) -> None:
+def test_responses_are_the_teachers_greedy_ones(folders: tuple[Path, Path, Path], evidence) -> None:
     teacher, data, output = folders
     model = load_model(teacher, dtype=torch.float32)
     source, corpus = Corpus.open(data, "train"), Corpus.open(output, "train")
@@ -50,6 +50,7 @@ def test_responses_are_the_teachers_greedy_ones(folders: tuple[Path, Path, Path]
         assert text["cut"] == (response[-1] != 2)
         ended += not text["cut"]
     assert ended > 0
+    evidence("seqkd", "reference", "as `sft`, on the data's prompts and the greedy text of Transformers' `generate`")
 
 
 def test_texts_follow_the_tokens(folders: tuple[Path, Path, Path]) -> None:

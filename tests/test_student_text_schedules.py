@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from references import schedules
 
 from entkd.config import Experiment, Method, jobs
 from entkd.config.errors import ConfigError
@@ -41,6 +42,43 @@ def test_distillm_writes_until_its_buffer_can_serve() -> None:
     assert [released.source(*late, held, 4) for held in (0, 9, 10)] == ["written", "written", "replayed"]
     assert [paper.source(*late, held, 4) for held in (3, 4, 9)] == ["written", "replayed", "replayed"]
     assert released.source(0.45, 0.4, 1.0, 0, 4) == "data"
+
+
+DRAWS = (0.1, 0.28, 0.22, 0.9, 0.35, 0.05, 0.28, 0.6, 0.45, 0.02)
+LOSSES = (3.0, 3.05, 3.12, 2.9, 3.1, 3.25)
+"""Dev losses before the first step and after every second one."""
+GOLDEN = {("gkd", 1): "wwwdwwwdww", ("distillm", 1): "wwrdrwrdrr", ("distillm_paper", 1): "wrrddwrdrr"}
+"""What ten steps train on, by version, worked out by hand: written anew, replayed from the buffer, data."""
+
+
+def kinds_by_reference(row: str) -> str:
+    if row == "gkd":
+        return "".join({"student": "w", "data": "d"}[schedules.gkd_source(draw, 0.5)] for draw in DRAWS)
+    variant, kinds = "paper" if row.endswith("paper") else "authors", ""
+    thresholds = schedules.distillm_thresholds(LOSSES, increase=0.2, initial=0.3, variant=variant)
+    for step, draw in enumerate(DRAWS, start=1):
+        threshold, full = thresholds[(step - 1) // 2], kinds.count("w") >= 2
+        fresh = schedules.distillm_fresh(threshold, step, len(DRAWS))
+        generates, source = schedules.distillm_source(draw, threshold, fresh, full, variant)
+        kinds += "w" if generates else {"buffer": "r", "data": "d"}[source]
+    return kinds
+
+
+@pytest.mark.parametrize("row", ["gkd", "distillm", "distillm_paper"])
+def test_ten_steps_by_hand_and_by_the_reference(row: str, evidence) -> None:
+    """A step has two documents, the buffer four; φ begins at 0.3."""
+    variant, share, reference, kinds = "paper" if row.endswith("paper") else "authors", 0.3, LOSSES[0], ""
+    settings = GKD() if row == "gkd" else DistiLLM(variant=variant, share=share, share_step=0.2, capacity=4)
+    for step, draw in enumerate(DRAWS, start=1):
+        if isinstance(settings, GKD):
+            kinds += "w" if settings.writes(draw) else "d"
+            continue
+        held = min(4, 2 * kinds.count("w"))
+        kinds += settings.source(draw, share, step / len(DRAWS), held, 2)[0]
+        if step % 2 == 0:
+            share, reference = settings.evaluated(LOSSES[step // 2], share, reference)
+    assert kinds == GOLDEN[row, settings.version] == kinds_by_reference(row)
+    evidence(row, "golden", f"`{kinds}`")
 
 
 def test_share_rises_with_the_dev_loss() -> None:

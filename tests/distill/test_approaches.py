@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from methods.cases import CASES
 from safetensors.torch import load_file
 from test_objective import PAD, build
 
@@ -21,14 +22,11 @@ from entkd.distill.scan import needs_scan, with_factors
 from entkd.methods import APPROACHES
 
 TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
+FOCUSING = {"focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}}
+MOVING = {"adakd": FOCUSING, "adakd_latf": FOCUSING, "taid": {"alpha": 0.5}, "taid_paper": {"alpha": 0.5}}
+"""So that states move within a few steps."""
 VARIANTS = {name: {"name": name} for name in APPROACHES} | {
-    "adakd": {"name": "adakd", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
-    "adakd_latf": {"name": "adakd", "parts": "focusing", "focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}},
-    "adakd_idts": {"name": "adakd", "parts": "tempering"},
-    "sekd_teacher": {"name": "sekd", "by": "teacher", "variant": "paper"},
-    "eakd_mean": {"name": "eakd", "normalise": "mean"},
-    "taid": {"name": "taid", "alpha": 0.05},
-    "taid_paper": {"name": "taid", "variant": "paper", "alpha": 0.05},
+    name: CASES[name].approach | MOVING.get(name, {}) for name in CASES if not name.endswith("_reverse")
 }
 
 
@@ -90,7 +88,7 @@ def test_it_runs_and_is_not_plain_distillation(tiny, whole, tmp_path: Path) -> N
     assert names == {f"{VARIANTS[variant]['name']}_{name}" for name in method_of(variant).approach.state()}
 
 
-def test_it_resumes_bit_for_bit(tiny, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_resumes_bit_for_bit(tiny, whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evidence) -> None:
     """Pitfall 26: the state of the approach is part of the resume state."""
     variant, output, record = whole
     calls = 0
@@ -114,6 +112,7 @@ def test_it_resumes_bit_for_bit(tiny, whole, tmp_path: Path, monkeypatch: pytest
     assert resumed["weights_sha256"] == record["weights_sha256"]
     for before, after in zip(rows(output), rows(tmp_path), strict=True):
         assert {k: v for k, v in before.items() if k != "seconds"} == {k: v for k, v in after.items() if k != "seconds"}
+    evidence(variant, "resumes", "yes")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

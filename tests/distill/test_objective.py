@@ -79,8 +79,11 @@ def test_full_method_equals_the_reference(tiny, reference, divergence: str) -> N
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(gradient[f"student.{name}"].double(), parameter.grad, rtol=1e-3, atol=2e-5)
     for index, projector in enumerate(projectors):
+        largest = projector.grad.abs().max().item()
+        assert largest > 1e-3
+        # fp32 rounds sums of many tokens by the largest, not by each entry; other CPUs add them in another order.
         torch.testing.assert_close(
-            gradient[f"projectors.{index}.weight"].double(), projector.grad, rtol=1e-3, atol=1e-6
+            gradient[f"projectors.{index}.weight"].double(), projector.grad, rtol=1e-3, atol=1e-3 * largest
         )
 
 

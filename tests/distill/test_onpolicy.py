@@ -294,6 +294,8 @@ def distillm(variant: str) -> Method:
 
 
 METHODS = {"gkd": gkd(0.5), "authors": distillm("authors"), "paper": distillm("paper")}
+ROWS = {"gkd": "gkd", "authors": "distillm", "paper": "distillm_paper"}
+"""Of the page of evidence."""
 
 
 @pytest.fixture
@@ -331,7 +333,7 @@ def test_distillm_uses_data_new_text_and_the_buffer(whole: dict[str, Path], vari
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("calls", [3, 9])
 def test_an_interrupted_run_ends_bit_for_bit_the_same(
-    tiny, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int
+    tiny, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, calls: int, evidence
 ) -> None:
     """Stopped inside a step, after the state of the step before was written; φ, buffer and ledger go on."""
     method = METHODS[name]
@@ -356,6 +358,7 @@ def test_an_interrupted_run_ends_bit_for_bit_the_same(
         expected["replayed_steps"],
     )
     assert without_seconds(tmp_path) == without_seconds(whole[name])
+    evidence(ROWS[name], "resumes", "yes")
 
 
 def test_the_buffer_drops_the_oldest_and_survives_its_state() -> None:

@@ -8,27 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from references import methods as ref
 from torch import nn
 
+from entkd.components import token_plan
 from entkd.config import Method
 from entkd.data.packing import Batch
 from entkd.distill import objective as module
 from entkd.distill.approach import response_lengths
 from entkd.distill.objective import MicroBatch, Objective
+from entkd.entropy import Difficulty, token_entropy
 
 LENGTHS, V = (7, 12, 5), 11
+WIDTH, TEACHER_WIDTH, PROGRESS = 8, 6, 0.8
 
 
 class Identity(nn.Module):
-    """A student whose last hidden states are parameters and whose output projection is the identity."""
+    """A student whose last hidden states are parameters and whose output projection is the identity.
 
-    def __init__(self, logits_ND: np.ndarray) -> None:
+    ``states_PND``: hidden states after its P layers, parameters too.
+    """
+
+    def __init__(self, logits_NV: np.ndarray, states_PND: np.ndarray | tuple[()] = ()) -> None:
         super().__init__()
-        self.hidden = nn.Parameter(torch.tensor(logits_ND))
+        self.hidden = nn.Parameter(torch.tensor(logits_NV))
+        self.states = nn.ParameterList(nn.Parameter(torch.tensor(states_ND)) for states_ND in states_PND)
+        self.config = SimpleNamespace(num_hidden_layers=len(states_PND), hidden_size=WIDTH)
         self.head = nn.Linear(V, V, bias=False, dtype=torch.float64)
         self.head.weight = nn.Parameter(torch.eye(V, dtype=torch.float64), requires_grad=False)
 
@@ -47,33 +56,58 @@ def by_document(rows: np.ndarray) -> list[np.ndarray]:
     return np.split(rows, np.cumsum(LENGTHS)[:-1])
 
 
+def step(
+    model: Identity,
+    teacher_NV: np.ndarray,
+    method: Method,
+    state: dict[str, float] | None = None,
+    labels_N: np.ndarray | None = None,
+    targets_PNE: np.ndarray | tuple[()] = (),
+) -> tuple[dict[str, float], Objective]:
+    """Terms of the loss of one step at `PROGRESS`, whose gradients are then in the model, and the objective.
+
+    ``targets_PNE``: the teacher's hidden states of each layer pair.
+    """
+    objective = Objective(model, method, V, teacher_width=TEACHER_WIDTH, generator=torch.Generator().manual_seed(0))
+    objective = objective.double()
+    for name, value in (state or {}).items():
+        objective.approach.values[name].fill_(value)
+    n = sum(LENGTHS)
+    position_ids_BL = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    index_N = torch.arange(n)
+    labels_N = torch.zeros_like(index_N) if labels_N is None else torch.tensor(labels_N)
+    batch = Batch(torch.zeros(1, n, dtype=torch.long), position_ids_BL, index_N, labels_N, index_N)
+    teacher_NV = torch.tensor(teacher_NV)
+    entropy_N = token_entropy(teacher_NV)
+    plan = token_plan(Difficulty.fit(entropy_N)(entropy_N), PROGRESS, method)
+    hard_H = None if plan.features_N is None else plan.features_N.nonzero()[:, 0]
+    targets = tuple(torch.tensor(targets_NE)[hard_H] for targets_NE in targets_PNE)
+    micro = MicroBatch(batch, teacher_NV, plan.weight_N, plan.temperature_N, hard_H, targets)
+    captured = {layer: states_ND[None] for layer, states_ND in enumerate(model.states)}
+    original = module.trunk_forward
+    module.trunk_forward = lambda *_, **__: (model.hidden[None], captured)
+    try:
+        selected = 0 if method.approach is None else method.approach.selected(response_lengths([batch]))
+        losses = objective(micro, n, plan.summary["hard"], selected=selected)
+    finally:
+        module.trunk_forward = original
+    losses["loss"].backward()
+    return {name: value.item() for name, value in losses.items()}, objective
+
+
 def ours(
     student: np.ndarray,
     teacher: np.ndarray,
     approach: dict | str,
     state: dict[str, float] | None = None,
     divergence: str = "forward_kl",
-    **more: object,
 ) -> tuple[dict[str, float], np.ndarray, Objective]:
-    """Terms of the loss, gradient by the student's logits, and the objective."""
-    method = Method.model_validate({"divergence": divergence, "approach": approach} | more)
+    """Terms of the loss of an approach, gradient by the student's logits, and the objective."""
     model = Identity(student)
-    objective = Objective(model, method, V)
-    for name, value in (state or {}).items():
-        objective.approach.values[name].fill_(value)
-    n = sum(LENGTHS)
-    position_ids_BL = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    index_N = torch.arange(n)
-    batch = Batch(torch.zeros(1, n, dtype=torch.long), position_ids_BL, index_N, torch.zeros_like(index_N), index_N)
-    original = module.trunk_forward
-    module.trunk_forward = lambda *_, **__: (model.hidden[None], {})
-    try:
-        selected = method.approach.selected(response_lengths([batch]))
-        losses = objective(MicroBatch(batch, torch.tensor(teacher)), n, 0, selected=selected)
-    finally:
-        module.trunk_forward = original
-    losses["loss"].backward()
-    return {name: value.item() for name, value in losses.items()}, model.hidden.grad.numpy(), objective
+    terms, objective = step(
+        model, teacher, Method.model_validate({"divergence": divergence, "approach": approach}), state
+    )
+    return terms, model.hidden.grad.numpy(), objective
 
 
 @dataclass(frozen=True)
@@ -100,45 +134,60 @@ def _sekd(by: str, average: str) -> Callable[[np.ndarray, np.ndarray, np.ndarray
 CASES = {
     "adakd": Case(
         {"name": "adakd"},
-        "AdaKD eq. 2-10, release",
+        "AdaKD 2510.11615 eq. 2-10, release",
         lambda s, t, f: ref.adakd_loss(s, t, 0.62, "reverse_kl", frozen=f),
         {"share": 0.62},
         "reverse_kl",
     ),
     "adakd_latf": Case(
         {"name": "adakd", "parts": "focusing"},
-        "AdaKD eq. 4-5, release",
+        "AdaKD 2510.11615 eq. 4-7, release",
         lambda s, t, f: ref.adakd_loss(s, t, 0.3, "forward_kl", c=0.0, frozen=f),
         {"share": 0.3},
     ),
     "adakd_idts": Case(
         {"name": "adakd", "parts": "tempering"},
-        "AdaKD eq. 9-10",
+        "AdaKD 2510.11615 eq. 9-10",
         lambda s, t, f: ref.adakd_loss(s, t, 1.0, "forward_kl", frozen=f),
     ),
-    "sekd": Case({"name": "sekd"}, "SE-KD eq. 6, release's mean", _sekd("student", "positions")),
-    "sekd_paper": Case({"name": "sekd", "variant": "paper"}, "SE-KD eq. 4-6", _sekd("student", "sequences")),
-    "sekd_teacher": Case({"name": "sekd", "by": "teacher"}, "SE-KD section 5", _sekd("teacher", "positions")),
-    "eakd": Case({"name": "eakd"}, "EA-KD release", lambda s, t, f: ref.eakd_loss(s, t, frozen=f)),
+    "sekd": Case({"name": "sekd"}, "SE-KD 2602.01395 eq. 6, release's mean", _sekd("student", "positions")),
+    "sekd_paper": Case({"name": "sekd", "variant": "paper"}, "SE-KD 2602.01395 eq. 4-6", _sekd("student", "sequences")),
+    "sekd_teacher": Case(
+        {"name": "sekd", "by": "teacher"}, "SE-KD 2602.01395 section 5", _sekd("teacher", "positions")
+    ),
+    "eakd": Case({"name": "eakd"}, "EA-KD 2311.13621, release", lambda s, t, f: ref.eakd_loss(s, t, frozen=f)),
     "eakd_mean": Case(
         {"name": "eakd", "normalise": "mean"},
-        "EA-KD, weights of mean 1",
+        "EA-KD 2311.13621, weights of mean 1",
         lambda s, t, f: ref.eakd_loss(s, t, normalise=True, frozen=f),
     ),
-    "bdkd": Case({"name": "bdkd"}, "BD-KD as ported", lambda s, t, f: ref.bdkd_loss(s, t)),
+    "bdkd": Case({"name": "bdkd"}, "BD-KD 2212.12965 as ported", lambda s, t, f: ref.bdkd_loss(s, t)),
     "bdkd_mean": Case(
-        {"name": "bdkd", "scale": "mean"}, "BD-KD as ported, / 4", lambda s, t, f: ref.bdkd_loss(s, t, divide=True)
+        {"name": "bdkd", "scale": "mean"},
+        "BD-KD 2212.12965 as ported, / 4",
+        lambda s, t, f: ref.bdkd_loss(s, t, divide=True),
     ),
-    "taid": Case({"name": "taid"}, "TAID eq. of p_t", lambda s, t, f: ref.taid_loss(s, t, 0.55, frozen=f), {"t": 0.55}),
+    "taid": Case(
+        {"name": "taid"},
+        "TAID 2501.16937, p_t and Alg. 1, release",
+        lambda s, t, f: ref.taid_loss(s, t, 0.55, frozen=f),
+        {"t": 0.55},
+    ),
+    "taid_paper": Case(
+        {"name": "taid", "variant": "paper"},
+        "TAID 2501.16937, p_t and Alg. 1",
+        lambda s, t, f: ref.taid_loss(s, t, 0.55, frozen=f),
+        {"t": 0.55},
+    ),
     "ctkd": Case(
         {"name": "ctkd"},
-        "CTKD release",
+        "CTKD 2211.16231, release",
         lambda s, t, f: ref.ctkd_loss(s, t, ref.ctkd_temperature(-1.2)),
         {"theta": -1.2},
     ),
     "ctkd_reverse": Case(
         {"name": "ctkd"},
-        "CTKD release, on reverse KL",
+        "CTKD 2211.16231, release, on reverse KL",
         lambda s, t, f: ref.ctkd_loss(s, t, ref.ctkd_temperature(-3.0), name="reverse_kl"),
         {"theta": -3.0},
         "reverse_kl",

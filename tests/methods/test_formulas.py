@@ -35,6 +35,7 @@ GOLDEN: dict[tuple[str, int], float] = {
     ("bdkd", 1): 1.6558124381251258,
     ("bdkd_mean", 1): 0.41395310953128145,
     ("taid", 1): 0.12749845589406258,
+    ("taid_paper", 1): 0.12749845589406258,
     ("ctkd", 1): 0.8756494243993473,
     ("ctkd_reverse", 1): 0.688711987791966,
 }
@@ -47,20 +48,29 @@ def test_every_approach_has_a_reference() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient(name: str, seed: int) -> None:
+def test_loss_and_gradient(name: str, seed: int, evidence) -> None:
     _, loss, gradient = errors(CASES[name], seed)
     assert loss < 1e-11
     assert gradient < 1e-8  # of central differences
+    row = name.removesuffix("_reverse")
+    evidence(row, "loss", loss)
+    evidence(row, "gradient", gradient)
+    if row == name:
+        evidence(row, "reference", CASES[name].origin)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_golden_values(name: str) -> None:
+def test_golden_values(name: str, evidence) -> None:
     """A change means another formula: raise ``version`` in the settings class and add a line."""
-    version = APPROACHES[CASES[name].approach["name"]].model_fields["version"].default
+    case = CASES[name]
+    version = APPROACHES[case.approach["name"]].model_fields["version"].default
     student, teacher = logits(0)
-    line = f'("{name}", {version}): {CASES[name].loss(student, teacher, student)},'
+    line = f'("{name}", {version}): {case.loss(student, teacher, student)},'
     assert (name, version) in GOLDEN, f"GOLDEN has no value of this version; the reference says {line}"
-    assert errors(CASES[name])[0] == pytest.approx(GOLDEN[name, version], rel=1e-9)
+    terms, _, _ = ours(student, teacher, case.approach, case.state, case.divergence)
+    assert terms["loss"] == pytest.approx(GOLDEN[name, version], rel=1e-9)
+    if not name.endswith("_reverse"):
+        evidence(name, "golden", f"{GOLDEN[name, version]:.12g}")
 
 
 # ── AdaKD ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,21 +144,37 @@ def test_eakd_rises_with_the_teachers_entropy() -> None:
 # ── TAID, CTKD ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("end", [1.0, 0.8])
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_t_rises_to_its_end(adaptive: bool) -> None:
+def test_t_rises_to_its_end(adaptive: bool, end: float) -> None:
     draw = np.random.default_rng(6)
     losses = (5 * np.exp(-np.arange(40) / 15) + draw.uniform(0, 1, 40)).tolist()
-    settings = TAID(adaptive=adaptive, alpha=0.05)
+    settings = TAID(adaptive=adaptive, alpha=0.05, end=end)
     state, found = ApproachState(settings), []
     for step, loss in enumerate(losses):
         found.append(state.values["t"].item())
         state.end_step({"target_cross_entropy": torch.tensor(loss, dtype=torch.float64)}, step, len(losses))
     found.append(state.values["t"].item())
-    expected = schedules.taid_times(losses, len(losses), adaptive, alpha=0.05)
+    expected = schedules.taid_times(losses, len(losses), adaptive, t_end=end, alpha=0.05)
     assert found == pytest.approx(expected, rel=1e-12)
     assert (np.diff(found) >= 0).all()
     assert found[0] == 0.4
-    assert 0.95 < found[-1] <= 1
+    assert 0.95 * end < found[-1] <= end
+
+
+@pytest.mark.parametrize("variant", ["authors", "paper"])
+def test_t_follows_the_loss_of_the_variant(variant: str) -> None:
+    """The cross-entropy of the mixed teacher in the release, the divergence in the paper."""
+    student, teacher = logits(3)
+    settings = {"name": "taid", "variant": variant, "alpha": 0.5, "beta": 0.5}
+    terms, _, objective = ours(student, teacher, settings, {"t": 0.55, "before": 3.0})
+    objective.approach.end_step({name: torch.tensor(v, dtype=torch.float64) for name, v in terms.items()}, 1, 10**9)
+    t, other = (
+        schedules.taid_step(0.55, 0.0, 3.0, ref.taid_loss(student, teacher, 0.55, variant=each), 0.4, 1.0, 0.5, 0.5)[0]
+        for each in (variant, {"authors": "paper", "paper": "authors"}[variant])
+    )
+    assert objective.approach.values["t"].item() == pytest.approx(t, rel=1e-12)
+    assert abs(t - other) > 1e-3
 
 
 def test_taid_reports_the_cross_entropy_of_its_target() -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from entkd.heads import common_rows, teacher_logits
-from entkd.kernels import entropy, value_and_gradient
+from entkd.kernels import value_and_gradient
 from entkd.products import compute_dtype, projection
+from entkd.softmax import entropy, in_full
 from entkd.tiles import piece_rows, slices, tile_rows
 
 CLOSENESS = ("entropy", "divergence", "agreement")
@@ -85,7 +86,7 @@ def linear_statistics(
         for piece in slices(tile.stop - tile.start, piece_rows(vocab_size, device)):
             rows = slice(tile.start + piece.start, tile.start + piece.stop)
             own_RV = None if student_RV is None else student_RV[piece]
-            target_RV = None if teacher_RV is None else teacher_RV[piece]
+            target_RV = None if teacher_RV is None else in_full(teacher_RV[piece], "piece of targets")
             if "entropy" in names and own_RV is not None:
                 found["entropy"][rows] = _entropy(own_RV, entropy_temperature)
             if "teacher_entropy" in names and target_RV is not None:
@@ -99,7 +100,7 @@ def linear_statistics(
                 found["hellinger"][rows] = (1 - root_RV.sum(-1)).clamp_min(0).sqrt()
             if "divergence" in names:  # last: it overwrites the logits
                 temperature_R1 = None if temperature_N is None else temperature_N[rows].to(dtype).unsqueeze(-1)
-                value_R1, _ = value_and_gradient(own_RV, target_RV, temperature_R1, divergence, dict(settings or {}))
+                value_R1 = value_and_gradient(own_RV, target_RV, temperature_R1, divergence, dict(settings or {}))
                 found["divergence"][rows] = value_R1.squeeze(-1)
     return found
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from entkd.closeness import linear_statistics
 from entkd.divergences import DIVERGENCES
 from entkd.heads import common_rows, teacher_logits, used_rows
-from entkd.kernels import TERMS, cross_entropy
+from entkd.kernels import TERMS
 from entkd.products import RowsOf, compute_dtype
+from entkd.softmax import cross_entropy, in_full
 from entkd.sparse import SparseTarget
 from entkd.temperature import loss_scale
 from entkd.tiles import tiled_loss
 from entkd.token_loss import TokenLoss, TokenWeight
+from entkd.workspace import buffer
 
 __all__ = ["HeadLoss", "linear_cross_entropy", "linear_distillation", "linear_divergence", "linear_statistics"]
 
@@ -187,19 +189,21 @@ def linear_distillation(
     )
     names = [*token_loss.terms, *(["cross_entropy"] if labels_N is not None else [])]
 
-    def loss(
-        student_RV: Tensor, teacher_RV: Tensor, rows: slice, wants_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def loss(student_RV: Tensor, teacher_RV: Tensor, rows: slice, gradient_RV: Tensor | None) -> tuple[Tensor, Tensor]:
         if labels_N is None:
-            value_T, grad_RV = token_loss(student_RV, teacher_RV, rows)
-            return divergence_weight * value_T[0], value_T, _times(grad_RV, divergence_weight)
-        ce, ce_grad_RV = cross_entropy(student_RV, labels_N[rows], wants_grad)
-        value_T, grad_RV = token_loss(student_RV, teacher_RV, rows)
-        grad_RV = _times(grad_RV, divergence_weight)
-        if ce_grad_RV is not None:
-            grad_RV.add_(ce_grad_RV, alpha=cross_entropy_weight)
+            value_T = token_loss(student_RV, teacher_RV, rows, gradient_RV, divergence_weight)
+            return divergence_weight * value_T[0], value_T
+        # Both gradients in full precision: rounded to the gradient's type is their sum.
+        student_RV, ce_gradient_RV = in_full(student_RV, "piece of logits"), None
+        if gradient_RV is not None:
+            ce_gradient_RV = buffer("gradient of cross-entropy", student_RV.shape, student_RV.dtype, student_RV.device)
+        ce = cross_entropy(student_RV, labels_N[rows], gradient_RV=ce_gradient_RV).sum()
+        own_gradient_RV = None if gradient_RV is None else student_RV
+        value_T = token_loss(student_RV, teacher_RV, rows, own_gradient_RV, divergence_weight)
+        if gradient_RV is not None and ce_gradient_RV is not None:
+            gradient_RV.copy_(student_RV.add_(ce_gradient_RV, alpha=cross_entropy_weight))
         total = divergence_weight * value_T[0] + cross_entropy_weight * ce
-        return total, torch.cat([value_T, ce.unsqueeze(0)]), grad_RV
+        return total, torch.cat([value_T, ce.unsqueeze(0)])
 
     if target is not None:
         teacher: RowsOf = target.ids_NK.__getitem__  # something of the tile's length: the loss looks up the rest itself
@@ -235,19 +239,10 @@ def linear_cross_entropy(
     """
     vocab_size = used_rows(student_weight_VD, vocab_size, "student")
 
-    def loss(
-        student_RV: Tensor, labels_R: Tensor, rows: slice, wants_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        weight_R1 = None if weight_N is None else _column(weight_N, rows, student_RV.dtype)
-        value, grad_RV = cross_entropy(student_RV, labels_R, wants_grad, weight_R1)
-        return value, value, grad_RV
+    def loss(student_RV: Tensor, labels_R: Tensor, rows: slice, gradient_RV: Tensor | None) -> tuple[Tensor, Tensor]:
+        weight_R1 = None if weight_N is None else weight_N.detach()[rows].to(student_RV.dtype).unsqueeze(-1)
+        value_R1 = cross_entropy(student_RV, labels_R, weight_R1, gradient_RV)
+        value = (value_R1 if weight_R1 is None else value_R1 * weight_R1).sum()
+        return value, value
 
     return tiled_loss(student_hidden_ND, student_weight_VD, lambda rows: labels_N[rows], loss, vocab_size)[0]
-
-
-def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    return value_N.detach()[rows].to(dtype).unsqueeze(-1)
-
-
-def _times(grad_RV: Tensor, factor: float) -> Tensor:
-    return grad_RV if factor == 1 else grad_RV.mul_(factor)

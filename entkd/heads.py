@@ -9,19 +9,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entkd.products import RowsOf, projection
+from entkd.products import HALF, RowsOf, projection
 from entkd.workspace import buffer
 
 
 def teacher_logits(
     hidden_NE: Tensor, weight_UE: Tensor | None, vocab_size: int, dtype: torch.dtype, rounded: bool = False
 ) -> RowsOf:
-    """Logits of some rows, computed or, where there is no projection, as they are given."""
+    """Logits of some rows, computed or, where there is no projection, as they are given.
+
+    They may be overwritten in ``dtype`` alone: logits given in half precision stay so, and are no copy.
+    """
     if weight_UE is not None:
         return projection(hidden_NE, weight_UE[:vocab_size], "teacher", rounded)
 
     def given(rows: slice) -> Tensor:
         logits_RU = hidden_NE.detach()[rows, :vocab_size]
+        if logits_RU.dtype in HALF:
+            return logits_RU
         return buffer("teacher", logits_RU.shape, dtype, logits_RU.device).copy_(logits_RU)
 
     return given

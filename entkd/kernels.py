@@ -7,23 +7,22 @@ A divergence is D = Σ_v f(p_v, q_v) with q = softmax(z/T). By the chain rule th
 so f and a say all about it (`TERMS`); a may be off by a multiple of q, which the bracket takes out. The readable
 definitions are in ``entkd.divergences``; tests hold both together.
 
-Shapes: R rows, V vocabulary, K slots of a sparse target. "1" is a dimension of length 1.
+Shapes: R rows, V vocabulary. "1" is a dimension of length 1.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from entkd import native
 from entkd.divergences import DIVERGENCES, adaptive_shares, log_mixture
 from entkd.methods import bdkd
-from entkd.sparse import SparseTarget
-from entkd.workspace import buffer
+from entkd.softmax import exp, in_full, log_softmax, write_scaled
 
 Terms = Callable[..., tuple[Tensor, Tensor]]
 """(p, q, log p, log q, **settings), each (R, V) → f and a. All four are finite: log 0 is the lowest number."""
@@ -110,18 +109,47 @@ TERMS: dict[str, Terms] = {
 
 
 def value_and_gradient(
-    student_RV: Tensor, teacher_RV: Tensor, temperature_R1: Tensor | None, name: str, settings: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """A divergence of each row, (R, 1) in nats, and its gradient by the student's logits, (R, V).
+    student_RV: Tensor,
+    teacher_RV: Tensor,
+    temperature_R1: Tensor | None,
+    name: str,
+    settings: dict[str, Any],
+    *,
+    scale_R1: Tensor | None = None,
+    gradient_RV: Tensor | None = None,
+) -> Tensor:
+    """A divergence of each row, (R, 1) in nats, and its gradient by the student's logits, if ``gradient_RV`` is given.
 
-    By its closed form, or, where it has none here, by autograd of its definition. Both inputs may be overwritten.
+    By its closed form, or, where it has none here, by autograd of its definition. Both inputs may be overwritten, those
+    in half precision excepted, and ``gradient_RV`` may be the student's tensor.
+
+    Parameters
+    ----------
+    student_RV, teacher_RV
+        (R, V) logits.
+    temperature_R1
+        (R, 1) temperatures of both; None is 1.
+    name, settings
+        Of the divergence.
+    scale_R1
+        (R, 1) factors of the gradient alone; None is 1. A row of factor 0 has value and gradient 0, whatever is in it.
+    gradient_RV
+        (R, V) of any type; is overwritten by the gradient.
     """
+    is_kl, on_cpu = name in ("forward_kl", "reverse_kl"), student_RV.device.type == "cpu"
+    if is_kl and on_cpu:
+        found_R1 = native.kl(student_RV, teacher_RV, temperature_R1, scale_R1, name == "reverse_kl", gradient_RV)
+        if found_R1 is not None:
+            return found_R1
+    student_RV, teacher_RV = in_full(student_RV, "piece of logits"), in_full(teacher_RV, "piece of targets")
     if name not in TERMS:
-        return _by_autograd(student_RV, teacher_RV, temperature_R1, name, settings)
-    if student_RV.device.type == "cpu" and name in ("forward_kl", "reverse_kl"):
-        return _kl_in_place(student_RV, teacher_RV, temperature_R1, name == "reverse_kl")
-    function = _compiled() if student_RV.device.type == "cuda" else _out_of_place
-    return function(student_RV, teacher_RV, temperature_R1, TERMS[name], settings)
+        value_R1, slope_RV = _by_autograd(student_RV, teacher_RV, temperature_R1, name, settings)
+    elif is_kl and on_cpu:
+        value_R1, slope_RV = _kl_in_place(student_RV, teacher_RV, temperature_R1, name == "reverse_kl")
+    else:
+        function = _compiled() if student_RV.device.type == "cuda" else _out_of_place
+        value_R1, slope_RV = function(student_RV, teacher_RV, temperature_R1, TERMS[name], settings)
+    return write_scaled(value_R1, slope_RV, scale_R1, gradient_RV)
 
 
 def _out_of_place(
@@ -211,49 +239,3 @@ def temperature_derivative(
     if t2 == "linear":
         return value_R1 + temperature_R1 * slope_R1
     return 2 * temperature_R1 * value_R1 + temperature_R1.square() * slope_R1
-
-
-def log_softmax(logits_RV: Tensor, name: str) -> Tensor:
-    """Log-probabilities in the buffer ``name``. That of probability 0 is the lowest finite number, so that their
-    product is 0."""
-    out_RV = buffer(name, logits_RV.shape, logits_RV.dtype, logits_RV.device)
-    torch.log_softmax(logits_RV, dim=-1, out=out_RV)
-    return out_RV.clamp_min_(torch.finfo(out_RV.dtype).min)
-
-
-def exp(log_RV: Tensor, out: Tensor) -> Tensor:
-    """exp by way of 2^x, whose CPU kernel is twice as fast where MKL is not on Intel's processors."""
-    return torch.mul(log_RV, math.log2(math.e), out=out).exp2_()
-
-
-def cross_entropy(
-    student_RV: Tensor, labels_R: Tensor, wants_grad: bool, weight_R1: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Σ -log q(label) and its gradient q - onehot, in a buffer; the logits stay as they are."""
-    log_q_RV, labels_R1 = log_softmax(student_RV, "log q"), labels_R.unsqueeze(-1)
-    value_R1 = -log_q_RV.gather(1, labels_R1)
-    if not wants_grad:
-        return (value_R1 if weight_R1 is None else value_R1 * weight_R1).sum(), None
-    grad_RV = exp(log_q_RV, out=buffer("gradient of cross-entropy", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
-    grad_RV.scatter_add_(1, labels_R1, torch.full_like(value_R1, -1.0))
-    if weight_R1 is not None:
-        value_R1, grad_RV = value_R1 * weight_R1, grad_RV.mul_(weight_R1)
-    return value_R1.sum(), grad_RV
-
-
-def sparse_value_and_gradient(student_RV: Tensor, target: SparseTarget) -> tuple[Tensor, Tensor]:
-    """`entkd.sparse.sparse_forward_kl` of each row, (R, 1) in nats, and its gradient q - m. Overwrites the logits."""
-    log_q_RV, ids_RK = log_softmax(student_RV, "log q"), target.ids_NK.long()
-    mass_RK = target.mass_NK.to(log_q_RV.dtype)
-    value_R1 = -target.entropy_N.to(log_q_RV.dtype).unsqueeze(-1) - (mass_RK * log_q_RV.gather(1, ids_RK)).sum(
-        -1, keepdim=True
-    )
-    grad_RV = exp(log_q_RV, out=student_RV)
-    return value_R1, grad_RV.scatter_add_(1, ids_RK, -mass_RK)
-
-
-def entropy(logits_RV: Tensor) -> Tensor:
-    """(R,) nats of softmax(logits)."""
-    log_q_RV = log_softmax(logits_RV, "log q")
-    q_RV = exp(log_q_RV, out=buffer("q", log_q_RV.shape, log_q_RV.dtype, log_q_RV.device))
-    return -log_q_RV.mul_(q_RV).sum(-1)

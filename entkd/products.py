@@ -19,6 +19,8 @@ from torch import Tensor
 from entkd import native
 from entkd.workspace import buffer
 
+HALF = (torch.bfloat16, torch.float16)
+"""Types of numbers that losses are not computed in."""
 RowsOf = Callable[[slice], Tensor]
 """Some tokens → what belongs to them, e.g. logits (R, V) or labels (R,)."""
 
@@ -61,7 +63,7 @@ def projection(hidden_ND: Tensor, weight_VD: Tensor, name: str, rounded: bool = 
     def project(rows: slice) -> Tensor:
         hidden_RD = hidden_ND[rows]
         logits_RV = buffer(name, (len(hidden_RD), len(weight_VD)), dtype, device)
-        if both_bf16 and native.bf16_product(hidden_RD, weight_VD, logits_RV):
+        if both_bf16 and native.logits(hidden_RD, weight_VD, logits_RV):
             return logits_RV
         with torch.no_grad(), torch.autocast(device.type, enabled=False), _mkldnn_bf16(both_bf16):
             return torch.mm(hidden_RD.to(dtype), cast_weight().T, out=logits_RV)
@@ -76,12 +78,20 @@ def cast(weight_VD: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return buffer(name, weight_VD.shape, dtype, weight_VD.device).copy_(weight_VD)
 
 
-def add_product(sum_VD: Tensor, grad_VR: Tensor, hidden_RD: Tensor, first: bool) -> None:
-    """sum += grad @ hidden, or sum = grad @ hidden, with the sum over tiles in fp32 where the operands are bf16."""
-    if grad_VR.dtype == sum_VD.dtype:
-        sum_VD.addmm_(grad_VR, hidden_RD, beta=0 if first else 1)
+def hidden_gradient(grad_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> None:
+    """out = grad @ weight, by way of the operands' type where that is bf16 and no kernel has fp32 sums."""
+    if not native.hidden_gradient(grad_RV, weight_VD, out_RD):
+        out_RD.copy_(grad_RV @ weight_VD)
+
+
+def add_weight_gradient(sum_VD: Tensor, grad_RV: Tensor, hidden_RD: Tensor, first: bool) -> None:
+    """sum += gradᵀ @ hidden, or sum = gradᵀ @ hidden, with the sum over tiles in fp32 where the operands are bf16."""
+    if native.weight_gradient(grad_RV, hidden_RD, sum_VD, not first):
         return
-    product_VD = torch.mm(grad_VR, hidden_RD, out=buffer("product", sum_VD.shape, grad_VR.dtype, sum_VD.device))
+    if grad_RV.dtype == sum_VD.dtype:
+        sum_VD.addmm_(grad_RV.T, hidden_RD, beta=0 if first else 1)
+        return
+    product_VD = torch.mm(grad_RV.T, hidden_RD, out=buffer("product", sum_VD.shape, grad_RV.dtype, sum_VD.device))
     if first:
         sum_VD.copy_(product_VD)
     else:

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from entkd.products import RowsOf, add_product, cast, compute_dtype, projection
+from entkd.products import RowsOf, add_weight_gradient, cast, compute_dtype, hidden_gradient, projection
 from entkd.workspace import buffer, recycled
 
-TileLoss = Callable[[Tensor, Tensor, slice, bool], tuple[Tensor, Tensor, Tensor | None]]
-"""(logits, target, rows, wants_grad) → summed loss, its terms (T,), and where wanted the gradient of the loss by the
-logits. May overwrite both tensors."""
+TileLoss = Callable[[Tensor, Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
+"""(logits, target, rows, gradient) → summed loss and its terms (T,). Into ``gradient``, where it is given, goes the
+gradient of the loss by the logits, in its own type; it may be the logits' tensor. Logits and target may be overwritten,
+a target in half precision excepted."""
 
 
 def tiled_loss(
@@ -44,7 +45,7 @@ def tiled_loss(
     target
         Gives what the loss compares the logits of a tile with; never differentiated.
     loss
-        Weighted loss of some rows of a tile, its terms, and its gradient.
+        Weighted loss of some rows of a tile and its terms; writes its gradient.
     vocab_size
         Rows of the projection that are read; the gradient of those beyond is 0.
     terms
@@ -92,16 +93,23 @@ class _TiledLoss(torch.autograd.Function):
             total = torch.zeros((), dtype=dtype, device=device)
             total_T = torch.zeros(terms, dtype=dtype, device=device)
             for tile in slices(len(hidden_ND), tile_rows(vocab_size, device)):
-                logits_RV = logits(tile)
-                value, value_T, grad_RV = _tile(
-                    logits_RV, target(tile), loss, tile.start, dtype, product_dtype, any(wants), terms
-                )
-                total += value
-                total_T += value_T
+                logits_RV, targets_R = logits(tile), target(tile)
+                grad_RV = _room_for_gradient(logits_RV, product_dtype) if any(wants) else None
+                # In pieces of few rows: elementwise passes over a vocabulary are bound by memory, and a piece stays in
+                # cache from the first pass to the last.
+                for piece in slices(len(logits_RV), piece_rows(vocab_size, device)):
+                    rows = slice(tile.start + piece.start, tile.start + piece.stop)
+                    value, value_T = loss(
+                        logits_RV[piece], targets_R[piece], rows, None if grad_RV is None else grad_RV[piece]
+                    )
+                    total += value
+                    total_T += value_T
+                if grad_RV is None:
+                    continue
                 if hidden_grad_ND is not None:
-                    hidden_grad_ND[tile] = grad_RV @ used_VD
+                    hidden_gradient(grad_RV, used_VD, hidden_grad_ND[tile])
                 if weight_grad_VD is not None:
-                    add_product(weight_grad_VD[:vocab_size], grad_RV.T, used_ND[tile], tile.start == 0)
+                    add_weight_gradient(weight_grad_VD[:vocab_size], grad_RV, used_ND[tile], tile.start == 0)
         # Not by save_for_backward, which would go on holding the gradient that the backward pass gives away: autograd
         # makes a gradient that nobody else holds the parameter's own, and copies any other.
         ctx.gradients = [hidden_grad_ND, weight_grad_VD]
@@ -115,54 +123,22 @@ class _TiledLoss(torch.autograd.Function):
         if not ctx.gradients:
             raise RuntimeError("this loss was differentiated before: its gradients are given away; compute it again")
         gradients, ctx.gradients = ctx.gradients, []
-        # In place: a second tensor of the weight's size costs more than the multiplication.
+        # In place: a second tensor of the weight's size costs more than the multiplication. That by 1 is left out where
+        # a look at the number is free.
+        spared = grad_output.device.type == "cpu" and float(grad_output) == 1
         hidden_grad_ND, weight_grad_VD = (
-            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            None if gradient is None else (gradient if spared else gradient.mul_(grad_output)).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         gradients.clear()
         return hidden_grad_ND, weight_grad_VD, *(None,) * 7
 
 
-def _tile(
-    logits_RV: Tensor,
-    target_R: Tensor,
-    loss: TileLoss,
-    start: int,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    wants_grad: bool,
-    terms: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss of one tile, its terms, and its gradient by the logits.
-
-    Works in pieces of few rows: elementwise passes over a vocabulary are bound by memory, and a piece stays in cache
-    from the first pass to the last. A gradient of the logits' own dtype is written over them.
-    """
-    grad_RV = logits_RV
-    if grad_dtype != logits_RV.dtype:
-        grad_RV = buffer("gradient of logits", logits_RV.shape, grad_dtype, logits_RV.device)
-    total, total_T = (torch.zeros(shape, dtype=dtype, device=logits_RV.device) for shape in ((), (terms,)))
-    for piece in slices(len(logits_RV), piece_rows(logits_RV.shape[1], logits_RV.device)):
-        rows = slice(start + piece.start, start + piece.stop)
-        value, value_T, piece_grad_RV = loss(
-            _computed(logits_RV[piece], dtype, "piece of logits"),
-            _computed(target_R[piece], dtype, "piece of targets"),
-            rows,
-            wants_grad,
-        )
-        total += value
-        total_T += value_T
-        if piece_grad_RV is not None:
-            grad_RV[piece] = piece_grad_RV
-    return total, total_T, grad_RV
-
-
-def _computed(piece_R: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Rounded logits in the dtype that the loss computes in; all else as it is."""
-    if piece_R.dtype != torch.bfloat16:
-        return piece_R
-    return buffer(name, piece_R.shape, dtype, piece_R.device).copy_(piece_R)
+def _room_for_gradient(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a tile's gradient goes: over logits of its own type, else into a buffer."""
+    if dtype == logits_RV.dtype:
+        return logits_RV
+    return buffer("gradient of logits", logits_RV.shape, dtype, logits_RV.device)
 
 
 def slices(length: int, rows: int) -> Iterator[slice]:

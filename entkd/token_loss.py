@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from entkd.kernels import entropy, sparse_value_and_gradient, temperature_derivative, value_and_gradient
+from entkd.kernels import temperature_derivative, value_and_gradient
+from entkd.softmax import entropy, in_full, sparse_value_and_gradient
 from entkd.sparse import SparseTarget
 
 TokenWeight = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -57,9 +58,19 @@ class TokenLoss:
             names.append("temperature_gradient")
         return tuple(names)
 
-    def __call__(self, student_RV: Tensor, teacher_RV: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """The `terms` of these rows, (len(terms),), and the gradient of the first, (R, V). Overwrites its inputs."""
-        dtype = student_RV.dtype
+    def __call__(
+        self,
+        student_RV: Tensor,
+        teacher_RV: Tensor,
+        rows: slice,
+        gradient_RV: Tensor | None = None,
+        gradient_factor: float = 1.0,
+    ) -> Tensor:
+        """The `terms` of these rows, (len(terms),); into ``gradient_RV`` goes the gradient of the first, (R, V), times
+        a factor. Inputs and gradient are as in `entkd.kernels.value_and_gradient`."""
+        dtype = torch.promote_types(student_RV.dtype, torch.float32)
+        if self.token_weight is not None or self.teacher_share is not None or self.wants_temperature_gradient:
+            student_RV, teacher_RV = in_full(student_RV, "piece of logits"), in_full(teacher_RV, "piece of targets")
         temperature_R1 = None if self.temperature_N is None else _column(self.temperature_N, rows, dtype)
         entropy_R = None if self.token_weight is None else entropy(student_RV)
         target_entropy_R = slope_R1 = None
@@ -70,34 +81,44 @@ class TokenLoss:
         if self.wants_temperature_gradient:
             assert temperature_R1 is not None
             slope_R1 = temperature_derivative(student_RV, teacher_RV, temperature_R1, self.divergence, self.t2)
-        if self.target is not None:
-            value_R1, grad_RV = sparse_value_and_gradient(student_RV, self.target[rows])
-        else:
-            value_R1, grad_RV = value_and_gradient(
-                student_RV, teacher_RV, temperature_R1, self.divergence, self.settings
-            )
         weight_R1 = None if self.weight_N is None else _column(self.weight_N, rows, dtype)
-        scale_R1 = weight_R1
-        if self.factor_N is not None:
-            factor_R1 = _column(self.factor_N, rows, dtype)
-            scale_R1 = factor_R1 if scale_R1 is None else scale_R1 * factor_R1
+        factor_R1 = None if self.factor_N is None else _column(self.factor_N, rows, dtype)
+        scale_R1 = factor_R1 if weight_R1 is None else weight_R1
+        if weight_R1 is not None and factor_R1 is not None:
+            # Not multiplied by 0: what belongs to tokens of weight 0, NaN included, must not matter.
+            scale_R1 = (weight_R1 * factor_R1).masked_fill(weight_R1 == 0, 0)
+        slope_scale_R1 = scale_R1
+        if gradient_factor != 1:
+            one_R1 = torch.ones((len(student_RV), 1), dtype=dtype, device=student_RV.device)
+            slope_scale_R1 = gradient_factor * (one_R1 if scale_R1 is None else scale_R1)
+        if self.target is not None:
+            value_R1 = sparse_value_and_gradient(
+                student_RV, self.target[rows], scale_R1=slope_scale_R1, gradient_RV=gradient_RV
+            )
+        else:
+            value_R1 = value_and_gradient(
+                student_RV,
+                teacher_RV,
+                temperature_R1,
+                self.divergence,
+                self.settings,
+                scale_R1=slope_scale_R1,
+                gradient_RV=gradient_RV,
+            )
         if self.token_weight is not None and entropy_R is not None:
             own_R = self.token_weight(
                 entropy_R, value_R1.squeeze(-1), rows if self.kept_K is None else self.kept_K[rows]
             )
             own_R1 = own_R.to(dtype).unsqueeze(-1)
             scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
-        if weight_R1 is not None and self.kept_K is None:
-            # Not multiplied by 0: what is in the rows of such tokens, NaN included, must not matter.
-            counts_R1 = weight_R1 != 0
-            value_R1, grad_RV = value_R1.where(counts_R1, 0.0), grad_RV.where(counts_R1, 0.0)
-            scale_R1 = scale_R1 if scale_R1 is None else scale_R1.where(counts_R1, 0.0)
+            if gradient_RV is not None:
+                gradient_RV.mul_(own_R1)
         sums = [value_R1.sum() if scale_R1 is None else (value_R1 * scale_R1).sum()]
         if target_entropy_R is not None:  # unweighted, as the released code measures it
             sums.append((value_R1.squeeze(-1) + target_entropy_R).sum())
         if slope_R1 is not None:
             sums.append(slope_R1.sum() if weight_R1 is None else (slope_R1 * weight_R1).sum())
-        return torch.stack(sums), grad_RV if scale_R1 is None else grad_RV.mul_(scale_R1)
+        return torch.stack(sums)
 
 
 def _column(value_N: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:

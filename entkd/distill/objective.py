@@ -176,8 +176,8 @@ class Objective(nn.Module):
                 labels_N=batch.labels_N if method.ce is not None else None,
                 divergence=name,
                 settings=settings,
-                divergence_weight=method.divergence.weight,
-                cross_entropy_weight=method.ce.weight if method.ce is not None else 1.0,
+                divergence_weight=method.divergence.weight / max(1, positions),
+                cross_entropy_weight=(method.ce.weight if method.ce is not None else 1.0) / max(1, positions),
                 temperature_N=temperature_N if sparse is None else None,
                 weight_N=weight_N,
                 teacher_share=None if self.approach is None else self.approach.teacher_share(),
@@ -185,14 +185,16 @@ class Objective(nn.Module):
                 t2=method.temperature.t2 if method.temperature is not None else "per_token",
                 vocab_size=self.vocab_size,
             )
-            loss = loss + head.total / max(1, positions)
+            loss = loss + head.total
             terms["kd"] = head.divergence / max(1, positions)
             if head.cross_entropy is not None:
                 terms["ce"] = head.cross_entropy / max(1, positions)
             terms |= {term: getattr(head, term) / max(1, positions) for term in asked}
         elif method.ce is not None:
-            total = linear_cross_entropy(hidden_ND, weight_VD, batch.labels_N, vocab_size=self.vocab_size)
-            terms["ce"] = total / max(1, positions)
+            share_N = torch.full((len(hidden_ND),), 1 / max(1, positions), device=hidden_ND.device)
+            terms["ce"] = linear_cross_entropy(
+                hidden_ND, weight_VD, batch.labels_N, weight_N=share_N, vocab_size=self.vocab_size
+            )
             loss = loss + method.ce.weight * terms["ce"]
         if method.features is not None:
             terms["features"] = self._features(captured, micro, hard)

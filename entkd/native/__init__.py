@@ -1,35 +1,32 @@
-"""Matrix products on a CPU that PyTorch has on GPUs only, in C++ that is compiled at the first use.
+"""Kernels for CPUs with AVX-512 and bf16 instructions: products with fp32 sums, and losses of rows of logits.
 
-Without a compiler, or on a CPU without bf16 instructions, nothing is lost but time: callers have another way to the
-same numbers. ``ENTKD_NATIVE=0`` switches it off. The library is kept in the user's cache folder, by a key of all that
-it was made from.
+Each answers whether it did its work. Without a compiler, on another CPU or for tensors of other kinds it does nothing,
+and nothing is lost but time: callers have another way to the same numbers.
+
+Shapes: R rows (tokens), V vocabulary, D width. "1" is a dimension of length 1.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-from entkd.files import WriteError, locked, replacing
+from entkd.native.build import library
 
-SOURCE = Path(__file__).with_name("product.cpp")
+__all__ = ["available", "cross_entropy", "hidden_gradient", "kl", "logits", "weight_gradient"]
 
-_FLAGS = ("-O3", "-std=c++20", "-fPIC")
+_BF16, _FP32 = torch.bfloat16, torch.float32
+_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Types of numbers, as rows.cpp tells them apart."""
 
 
-def bf16_product(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> bool:
-    """hidden · weightᵀ of bf16 operands with fp32 sums, into ``out_RV``; False, and nothing done, where it cannot be.
+def available() -> bool:
+    """Whether the library is there; compiles it if it is not yet."""
+    return library() is not None
+
+
+def logits(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> bool:
+    """out = hidden · weightᵀ of bf16 operands with fp32 sums.
 
     Parameters
     ----------
@@ -40,76 +37,124 @@ def bf16_product(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> bool:
     out_RV
         (R, V) fp32.
     """
-    tensors = (hidden_RD, weight_VD, out_RV)
-    library = _library() if all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors) else None
-    if library is None or hidden_RD.shape[1] % 2:
-        return False
-    types = hidden_RD.dtype, weight_VD.dtype, out_RV.dtype
-    functions = {torch.bfloat16: "entkd_product_bf16", torch.float32: "entkd_product_fp32"}
-    if types[0] != torch.bfloat16 or types[1] not in functions or types[2] != torch.float32:
+    found = library() if _usable(hidden_RD, weight_VD, out_RV) and hidden_RD.shape[1] % 2 == 0 else None
+    if found is None or _types(hidden_RD, out_RV) != (_BF16, _FP32) or weight_VD.dtype not in (_BF16, _FP32):
         return False
     (R, D), V = hidden_RD.shape, len(weight_VD)
-    if weight_VD.shape != (V, D) or out_RV.shape != (R, V):
-        raise ValueError(f"shapes {tuple(hidden_RD.shape)}, {tuple(weight_VD.shape)} and {tuple(out_RV.shape)} differ")
-    if R and V:
-        getattr(library, functions[types[1]])(*(tensor.data_ptr() for tensor in tensors), R, V, D)
+    _check(weight_VD.shape == (V, D) and out_RV.shape == (R, V), hidden_RD, weight_VD, out_RV)
+    if out_RV.numel():
+        fp32 = int(weight_VD.dtype == _FP32)
+        found.entkd_logits(hidden_RD.data_ptr(), weight_VD.data_ptr(), fp32, out_RV.data_ptr(), R, V, D)
     return True
 
 
-def available() -> bool:
-    """Whether the compiled product is there; compiles it if it is not yet."""
-    return _library() is not None
+def hidden_gradient(gradient_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> bool:
+    """out = gradient · weight, (R, V) and (V, D) bf16, summed in fp32 into (R, D) fp32."""
+    found = library() if _usable(gradient_RV, weight_VD, out_RD) and weight_VD.shape[1] % 2 == 0 else None
+    if found is None or _types(gradient_RV, weight_VD, out_RD) != (_BF16, _BF16, _FP32):
+        return False
+    (R, V), D = gradient_RV.shape, weight_VD.shape[1]
+    _check(weight_VD.shape == (V, D) and out_RD.shape == (R, D), gradient_RV, weight_VD, out_RD)
+    if out_RD.numel():
+        found.entkd_hidden_gradient(*_pointers(gradient_RV, weight_VD, out_RD), R, V, D)
+    return True
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled library; None where it is of no use or cannot be had."""
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if os.environ.get("ENTKD_NATIVE") == "0" or not has_bf16:
+def weight_gradient(gradient_RV: Tensor, hidden_RD: Tensor, sum_VD: Tensor, add: bool) -> bool:
+    """sum = or += gradientᵀ · hidden, (R, V) and (R, D) bf16, summed in fp32 into (V, D) fp32."""
+    found = library() if _usable(gradient_RV, hidden_RD, sum_VD) and hidden_RD.shape[1] % 2 == 0 else None
+    if found is None or _types(gradient_RV, hidden_RD, sum_VD) != (_BF16, _BF16, _FP32) or not len(hidden_RD):
+        return False
+    (R, V), D = gradient_RV.shape, hidden_RD.shape[1]
+    _check(hidden_RD.shape == (R, D) and sum_VD.shape == (V, D), gradient_RV, hidden_RD, sum_VD)
+    found.entkd_weight_gradient(*_pointers(gradient_RV, hidden_RD, sum_VD), int(add), R, V, D)
+    return True
+
+
+def kl(
+    student_RV: Tensor,
+    teacher_RV: Tensor,
+    temperature_R1: Tensor | None,
+    scale_R1: Tensor | None,
+    reverse: bool,
+    gradient_RV: Tensor | None,
+) -> Tensor | None:
+    """KL(p‖q), or with ``reverse`` KL(q‖p), of each row, (R, 1) in nats; None where it was not done.
+
+    Parameters
+    ----------
+    student_RV, teacher_RV
+        (R, V) logits in fp32 or bf16; the teacher's may be fp16.
+    temperature_R1
+        (R, 1) fp32 temperatures of both; None is 1.
+    scale_R1
+        (R, 1) fp32 factors of the gradient; None is 1. Rows of factor 0 have value and gradient 0, whatever is in them.
+    gradient_RV
+        (R, V) fp32 or bf16; gets the gradient by the student's logits. It may be the student's tensor.
+    """
+    tensors = [t for t in (student_RV, teacher_RV, temperature_R1, scale_R1, gradient_RV) if t is not None]
+    found = library() if _usable(*tensors) and student_RV.numel() else None
+    if found is None or teacher_RV.dtype not in _CODES or not _are_numbers(student_RV, scale_R1, gradient_RV):
         return None
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    R, V = student_RV.shape
+    _check(teacher_RV.shape == (R, V) and (gradient_RV is None or gradient_RV.shape == (R, V)), *tensors)
+    value_R1 = student_RV.new_empty((R, 1), dtype=_FP32)
+    k_R1 = None if temperature_R1 is None else temperature_R1.to(_FP32).reciprocal()
+    found.entkd_kl(
+        int(reverse),
+        *_typed(student_RV),
+        *_typed(teacher_RV),
+        *_pointers(k_R1, scale_R1, value_R1),
+        *_typed(gradient_RV),
+        R,
+        V,
+    )
+    return value_R1
+
+
+def cross_entropy(
+    student_RV: Tensor, labels_R1: Tensor, scale_R1: Tensor | None, gradient_RV: Tensor | None
+) -> Tensor | None:
+    """-log q(label) of each row, (R, 1) in nats; None where it was not done. Tensors are as in `kl`, labels int64."""
+    tensors = [t for t in (student_RV, labels_R1, scale_R1, gradient_RV) if t is not None]
+    found = library() if _usable(*tensors) and student_RV.numel() else None
+    if found is None or labels_R1.dtype != torch.long or not _are_numbers(student_RV, scale_R1, gradient_RV):
         return None
-    try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, WriteError, subprocess.SubprocessError) as error:
-        detail = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error
-        print(f"{SOURCE.name} could not be compiled, so bf16 logits take longer: {detail}", file=sys.stderr, flush=True)
-        return None
-    for name in ("entkd_product_bf16", "entkd_product_fp32"):
-        getattr(library, name).argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
-        getattr(library, name).restype = None
-    return library
+    R, V = student_RV.shape
+    _check(len(labels_R1) == R and (gradient_RV is None or gradient_RV.shape == (R, V)), *tensors)
+    if bool(((labels_R1 < 0) | (labels_R1 >= V)).any()):
+        raise ValueError(f"labels from {int(labels_R1.min())} to {int(labels_R1.max())} for {V} tokens")
+    value_R1 = student_RV.new_empty((R, 1), dtype=_FP32)
+    found.entkd_cross_entropy(
+        *_typed(student_RV), *_pointers(labels_R1, scale_R1, value_R1), *_typed(gradient_RV), R, V
+    )
+    return value_R1
 
 
-def _compiled(compiler: str) -> Path:
-    """Path of the library, compiled now if it is not there."""
-    parts = [
-        SOURCE.read_text(encoding="utf-8"),
-        torch.__version__,
-        torch.__file__,
-        compiler,
-        platform.machine(),
-        *_FLAGS,
-    ]
-    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "entkd" / "native"
-    path = cache / f"product-{key}.so"
-    if not path.is_file():
-        torch_folder = Path(torch.__file__).parent
-        with locked(cache / "lock", "compiling a matrix product"):
-            if not path.is_file():
-                with replacing(path) as temporary, tempfile.TemporaryDirectory() as folder:
-                    compiled = str(Path(folder) / "product.o")
-                    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-                    include = f"-I{torch_folder / 'include'}"
-                    _call(compiler, *_FLAGS, "-fopenmp", abi, include, "-c", str(SOURCE), "-o", compiled)
-                    # Linked without -fopenmp: PyTorch has its OpenMP loaded, and a second one would be a second pool
-                    # of threads.
-                    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-                    _call(compiler, "-shared", compiled, *libraries, "-o", str(temporary))
-    return path
+def _usable(*tensors: Tensor) -> bool:
+    return all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
 
 
-def _call(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+def _are_numbers(student_RV: Tensor, scale_R1: Tensor | None, gradient_RV: Tensor | None) -> bool:
+    return (
+        student_RV.dtype in (_FP32, _BF16)
+        and (scale_R1 is None or scale_R1.dtype == _FP32)
+        and (gradient_RV is None or gradient_RV.dtype in (_FP32, _BF16))
+    )
+
+
+def _types(*tensors: Tensor) -> tuple[torch.dtype, ...]:
+    return tuple(tensor.dtype for tensor in tensors)
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _typed(tensor: Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if tensor is None else (tensor.data_ptr(), _CODES[tensor.dtype])
+
+
+def _check(fits: bool, *tensors: Tensor) -> None:
+    if not fits:
+        raise ValueError(f"shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)} differ")

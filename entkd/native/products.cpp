@@ -1,0 +1,209 @@
+// The three matrix products of an output projection with bf16 operands, summed and kept in fp32.
+//
+// PyTorch's CPU products of bf16 tensors round their result to bf16; torch.mm(..., out_dtype=float32) is there for CUDA
+// only. The kernel that it runs inside, oneDNN's batch-reduce GEMM, does write fp32, and this file calls it. It takes
+// its second operand as pairs of neighbours along the dimension that is summed over.
+//
+// R tokens, V vocabulary, D width; all tensors are contiguous, and D is even.
+
+#include "simd.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+using at::native::cpublas::brgemm;
+using at::native::cpublas::brgemm_release;
+using entkd::BFloat16;
+
+namespace {
+
+constexpr int64_t kVocabulary = 64; // rows of the weight in a panel: with a width of 576 it fills a sixth of an L2 cache
+constexpr int64_t kDepth = 512; // rows of the weight that are summed over at once
+constexpr int64_t kTokens = 256;
+
+inline uint32_t bits(BFloat16 value) {
+  return value.x;
+}
+
+inline uint32_t bits(float value) {
+  return c10::detail::round_to_nearest_even(value);
+}
+
+inline const BFloat16* numbers(const uint32_t* pairs) {
+  return reinterpret_cast<const BFloat16*>(pairs);
+}
+
+// Pairs of neighbours in a row, as (D / 2, kVocabulary). An fp32 weight is rounded on its way, which saves a pass over
+// a copy of it.
+template <typename Weight>
+void pair_columns(const Weight* weight, int64_t rows, int64_t D, uint32_t* panel) {
+  for (int64_t row = 0; row < rows; row += 16) {
+    int64_t pair = 0;
+    for (; rows - row >= 16 && pair + 16 <= D / 2; pair += 16) {
+      __m512i block[16];
+      for (int i = 0; i < 16; ++i) {
+        block[i] = entkd::pairs(weight + (row + i) * D + 2 * pair);
+      }
+      entkd::transpose(block);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(panel + (pair + i) * kVocabulary + row, block[i]);
+      }
+    }
+    for (; pair < D / 2; ++pair) {
+      for (int64_t i = row; i < std::min(rows, row + 16); ++i) {
+        const Weight* source = weight + i * D + 2 * pair;
+        panel[pair * kVocabulary + i] = bits(source[0]) | bits(source[1]) << 16;
+      }
+    }
+  }
+}
+
+// Pairs of neighbouring rows, as ((rows + 1) / 2, D); the last of an odd number is paired with zeros.
+void pair_rows(const BFloat16* x, int64_t rows, int64_t D, uint32_t* panel) {
+  for (int64_t row = 0; row < rows; row += 2) {
+    const BFloat16 *upper = x + row * D, *lower = upper + D;
+    const bool both = row + 1 < rows;
+    uint32_t* out = panel + row / 2 * D;
+    int64_t d = 0;
+    for (; both && d + 32 <= D; d += 32) {
+      const __m512i a = _mm512_loadu_si512(upper + d), b = _mm512_loadu_si512(lower + d);
+      _mm512_storeu_si512(out + d, entkd::zip(a, b, 0));
+      _mm512_storeu_si512(out + d + 16, entkd::zip(a, b, 16));
+    }
+    for (; d < D; ++d) {
+      out[d] = bits(upper[d]) | (both ? bits(lower[d]) << 16 : 0);
+    }
+  }
+}
+
+// Some columns of x (R, V) as rows of `pairs` pairs: a transposed copy, with zeros behind an odd R.
+void transpose_columns(const BFloat16* x, int64_t R, int64_t V, int64_t columns, uint32_t* panel, int64_t pairs) {
+  const auto half = [](const BFloat16* from) {
+    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  };
+  for (int64_t pair = 0; pair < pairs; pair += 16) {
+    int64_t column = 0;
+    for (; 2 * (pair + 16) <= R && column + 16 <= columns; column += 16) {
+      __m512i block[16];
+      for (int i = 0; i < 16; ++i) {
+        const BFloat16* source = x + 2 * (pair + i) * V + column;
+        block[i] = entkd::zip(half(source), half(source + V), 0);
+      }
+      entkd::transpose(block);
+      for (int i = 0; i < 16; ++i) {
+        _mm512_storeu_si512(panel + (column + i) * pairs + pair, block[i]);
+      }
+    }
+    for (; column < columns; ++column) {
+      for (int64_t p = pair; p < std::min(pairs, pair + 16); ++p) {
+        const BFloat16* source = x + 2 * p * V + column;
+        panel[column * pairs + p] = bits(source[0]) | (2 * p + 1 < R ? bits(source[V]) << 16 : 0);
+      }
+    }
+  }
+}
+
+// out (R, V) = hidden (R, D) · weightᵀ (D, V)
+template <typename Weight>
+void logits(const BFloat16* hidden, const Weight* weight, float* out, int64_t R, int64_t V, int64_t D) {
+  const int64_t panels = (V + kVocabulary - 1) / kVocabulary;
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    const auto panel = std::make_unique<uint32_t[]>((D / 2) * kVocabulary);
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t start = index * kVocabulary;
+      const int64_t rows = std::min(kVocabulary, V - start);
+      pair_columns(weight + start * D, rows, D, panel.get());
+      for (int64_t token = 0; token < R; token += kTokens) {
+        brgemm(
+            std::min(kTokens, R - token), rows, D, D, kVocabulary, V, /*add_C=*/false, hidden + token * D,
+            numbers(panel.get()), out + token * V + start, /*is_vnni=*/true);
+      }
+    }
+    brgemm_release(/*is_vnni=*/true);
+  });
+}
+
+// out (R, D) = gradient (R, V) · weight (V, D). Every thread sums over a part of the vocabulary.
+void hidden_gradient(
+    const BFloat16* gradient, const BFloat16* weight, float* out, int64_t R, int64_t V, int64_t D) {
+  const int64_t even = V / 2 * 2;
+  const int64_t panels = (even + kDepth - 1) / kDepth;
+  std::vector<std::vector<float>> sums(at::get_num_threads());
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    std::vector<float>& sum = sums[at::get_thread_num()];
+    sum.resize(R * D);
+    const auto panel = std::make_unique<uint32_t[]>(kDepth / 2 * D);
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t start = index * kDepth;
+      const int64_t depth = std::min(kDepth, even - start);
+      pair_rows(weight + start * D, depth, D, panel.get());
+      for (int64_t token = 0; token < R; token += kTokens) {
+        brgemm(
+            std::min(kTokens, R - token), D, depth, V, D, D, /*add_C=*/true, gradient + token * V + start,
+            numbers(panel.get()), sum.data() + token * D, /*is_vnni=*/true);
+      }
+    }
+    brgemm_release(/*is_vnni=*/true);
+  });
+  std::fill(out, out + R * D, 0.0f);
+  for (const std::vector<float>& sum : sums) {
+    for (size_t i = 0; i < sum.size(); ++i) {
+      out[i] += sum[i];
+    }
+  }
+  for (int64_t r = 0; even < V && r < R; ++r) {
+    for (int64_t d = 0; d < D; ++d) {
+      out[r * D + d] += static_cast<float>(gradient[r * V + even]) * static_cast<float>(weight[even * D + d]);
+    }
+  }
+}
+
+// sum (V, D) = or += gradientᵀ (V, R) · hidden (R, D)
+void weight_gradient(
+    const BFloat16* gradient, const BFloat16* hidden, float* sum, int64_t R, int64_t V, int64_t D, bool add) {
+  const int64_t pairs = (R + 1) / 2;
+  const auto paired = std::make_unique<uint32_t[]>(pairs * D);
+  pair_rows(hidden, R, D, paired.get());
+  const int64_t panels = (V + kVocabulary - 1) / kVocabulary;
+  at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
+    const auto panel = std::make_unique<uint32_t[]>(kVocabulary * pairs);
+    for (int64_t index = first; index < last; ++index) {
+      const int64_t start = index * kVocabulary;
+      const int64_t rows = std::min(kVocabulary, V - start);
+      transpose_columns(gradient + start, R, V, rows, panel.get(), pairs);
+      brgemm(
+          rows, D, 2 * pairs, 2 * pairs, D, D, add, numbers(panel.get()), numbers(paired.get()), sum + start * D,
+          /*is_vnni=*/true);
+    }
+    brgemm_release(/*is_vnni=*/true);
+  });
+}
+
+} // namespace
+
+extern "C" {
+
+void entkd_logits(
+    const BFloat16* hidden, const void* weight, int32_t fp32_weight, float* out, int64_t R, int64_t V, int64_t D) {
+  if (fp32_weight) {
+    logits(hidden, static_cast<const float*>(weight), out, R, V, D);
+  } else {
+    logits(hidden, static_cast<const BFloat16*>(weight), out, R, V, D);
+  }
+}
+
+void entkd_hidden_gradient(
+    const BFloat16* gradient, const BFloat16* weight, float* out, int64_t R, int64_t V, int64_t D) {
+  hidden_gradient(gradient, weight, out, R, V, D);
+}
+
+void entkd_weight_gradient(
+    const BFloat16* gradient, const BFloat16* hidden, float* sum, int32_t add, int64_t R, int64_t V, int64_t D) {
+  weight_gradient(gradient, hidden, sum, R, V, D, add != 0);
+}
+
+} // extern "C"

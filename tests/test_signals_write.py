@@ -233,18 +233,16 @@ def test_a_head_with_too_few_rows_is_refused_with_both_sizes(tiny_corpus, tiny_t
 
 def test_nan_in_the_teachers_output_names_the_document(teacher, tiny_corpus, tmp_path, monkeypatch):
     """The hidden state of one token of train-7 is NaN."""
-    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.models.by_document.trunk_forward
-    ids = torch.from_numpy(corpus.document(7)[0].astype(np.int64))
+    corpus, plain = Corpus.open(tiny_corpus, "train"), entkd.signals.teacher_pass.packed_states
+    last_token = int(corpus.response_offsets[8]) - 1
 
-    def broken(model, input_ids_BL, position_ids_BL, capture=()):
-        hidden_BLE, captured = plain(model, input_ids_BL, position_ids_BL, capture=capture)
-        (starts,) = (input_ids_BL[0].unfold(0, len(ids), 1) == ids).all(1).nonzero(as_tuple=True)
-        for start in starts.tolist():
-            hidden_BLE[0, start + len(ids) - 2] = float("nan")
-        return hidden_BLE, captured
+    def broken(model, batch, layers):
+        hidden_NE, captured = plain(model, batch, layers)
+        hidden_NE[batch.tokens_N == last_token] = float("nan")
+        return hidden_NE, captured
 
-    monkeypatch.setattr(entkd.models.by_document, "trunk_forward", broken)
-    last = len(ids) - int(corpus.prompt_lengths[7]) - 1
+    monkeypatch.setattr(entkd.signals.teacher_pass, "packed_states", broken)
+    last = int(corpus.response_lengths[7]) - 1
     with pytest.raises(UserError, match=f"1 tokens, first at response token {last} of train document 'train-7'"):
         write_signals(SETTINGS, HARD, teacher, tiny_corpus, tmp_path / "cache", tmp_path / "manifest.json", "fp32")
 

@@ -25,7 +25,7 @@ from entkd.errors import UserError
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.methods.base import Factors
-from entkd.models import layer_points, output_weight, trunk_forward
+from entkd.models import layer_points, output_weight, packed_states
 from entkd.products import cast, compute_dtype
 from entkd.runtime import to_device
 from entkd.sparse import SparseTarget
@@ -148,11 +148,8 @@ class Objective(nn.Module):
             unweighted terms, each already divided by its global denominator; and the terms that an approach asks for.
         """
         method, batch = self.method, micro.batch
-        hidden_BLD, captured = trunk_forward(
-            self.student, batch.input_ids_BL, batch.position_ids_BL, capture=self.student_layers
-        )
         # Only response positions meet the output projection: prompts and padding are never projected.
-        hidden_ND = hidden_BLD.flatten(0, 1)[batch.positions_N]
+        hidden_ND, captured = packed_states(self.student, batch, self.student_layers)
         weight_VD = output_weight(self.student)
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
@@ -245,17 +242,16 @@ class Objective(nn.Module):
         """`statistics_of` a micro-batch, by a forward pass of its own."""
         teacher = micro.teacher()
         assert teacher is not None
-        hidden_BLD, _ = trunk_forward(self.student, micro.batch.input_ids_BL, micro.batch.position_ids_BL)
-        return self.statistics_of(hidden_BLD.flatten(0, 1)[micro.batch.positions_N], teacher)
+        hidden_ND, _ = packed_states(self.student, micro.batch)
+        return self.statistics_of(hidden_ND, teacher)
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:
         """L_feat (docs/method.md, section 4): mean over |H| global hard tokens and |M| layer pairs."""
         assert self.method.features is not None
         assert self.projectors is not None
-        rows_H = micro.batch.positions_N[micro.hard_H]
         pairs = zip(self.student_layers, micro.teacher_features, self.projectors, strict=True)
         losses = [
-            feature_loss(captured[layer].flatten(0, 1)[rows_H], teacher_HE, projector, self.method.features.loss)
+            feature_loss(captured[layer][micro.hard_H], teacher_HE, projector, self.method.features.loss)
             for layer, teacher_HE, projector in pairs
         ]
         return torch.stack(losses).sum() / (max(1, hard) * len(losses))

@@ -83,14 +83,14 @@ def step(
     hard_H = None if plan.features_N is None else plan.features_N.nonzero()[:, 0]
     targets = tuple(torch.tensor(targets_NE)[hard_H] for targets_NE in targets_PNE)
     micro = MicroBatch(batch, teacher_NV, plan.weight_N, plan.temperature_N, hard_H, targets)
-    captured = {layer: states_ND[None] for layer, states_ND in enumerate(model.states)}
-    original = module.trunk_forward
-    module.trunk_forward = lambda *_, **__: (model.hidden[None], captured)
+    captured = dict(enumerate(model.states))
+    original = module.packed_states
+    module.packed_states = lambda *_, **__: (model.hidden, captured)
     try:
         selected = 0 if method.approach is None else method.approach.selected(response_lengths([batch]))
         losses = objective(micro, n, plan.summary["hard"], selected=selected)
     finally:
-        module.trunk_forward = original
+        module.packed_states = original
     losses["loss"].backward()
     return {name: value.item() for name, value in losses.items()}, objective
 

@@ -63,6 +63,7 @@ evidence: $(READY)
 # One thing at a time: whatever runs beside it is measured too.
 bench: $(BENCH)
 	python -m benchmarks.step --precision bf16 fp32 $(if $(ROWS),--rows $(ROWS))
+	python -m benchmarks.profile $(if $(ROWS),--rows $(ROWS))
 	python -m benchmarks.head
 	python -m benchmarks.scaling
 	python -m benchmarks.generate

@@ -59,7 +59,10 @@ def main() -> None:
     bench = parser.parse_args().bench
     page = PAGE.read_text(encoding="utf-8")
     tables = {name: (bench / f"{name}.md", None) for name in ("step", "head")}
-    tables |= {name: (bench / f"{name}.csv", table_of) for name in ("scaling_head", "scaling_step", "generate", "arms")}
+    tables |= {
+        name: (bench / f"{name}.csv", table_of)
+        for name in ("profile", "scaling_head", "scaling_step", "generate", "arms")
+    }
     for name, (path, read) in tables.items():
         if path.is_file():
             page = fill(page, name, read(path) if read else path.read_text(encoding="utf-8"))

@@ -86,8 +86,9 @@ def step_table(summary: Sequence[Row], machine: Mapping[str, str]) -> str:
     rounds = summary[0]["rounds"]
     return "\n".join(parts) + (
         f"\nMedians (least–most) of {rounds} interleaved rounds, {machine['rows per step']} rows a step "
-        f"(`{machine['rows']}`); {_where(machine)}. Ratios are taken within a round. Efficiency: analytic FLOPs over "
-        "the time and the rate of the step's own matrix products. Peak memory is of a process of its own.\n"
+        f"(`{machine['rows']}`); {_where(machine)}. Ratios are taken within a round. Efficiency: the FLOPs that the "
+        "step needs (no padding) over its time and the rate of its own matrix products. Peak memory is of a process of "
+        "its own.\n"
     )
 
 

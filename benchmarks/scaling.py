@@ -20,11 +20,10 @@ from matplotlib.figure import Figure
 from benchmarks.heads import HEADS, Case
 from benchmarks.inputs import Inputs, prepare_inputs
 from benchmarks.memory import of_child
-from benchmarks.step import Products
 from benchmarks.timing import Linear, Spread, interleave, product_seconds, ratios, write_csv
+from benchmarks.work import attention_flops, linear_layers
 from entkd.config import Method, Training
 from entkd.data.packing import Batch
-from entkd.distill.flops import training_tflops
 from entkd.distill.objective import MicroBatch, Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.figures.style import BLACK, BLUE, GREY, STYLE, TEXT_WIDTH, save
@@ -93,14 +92,15 @@ def step_row(inputs: Inputs, length: int, rounds: int) -> dict[str, object]:
         clip_gradients(student, None, training.clip)
         optimizer.step()
 
-    layers = Products.linear_layers(student, STEP_TOKENS)
+    layers = linear_layers(student, STEP_TOKENS, positions)
     layers += [Linear(positions, width, vocabulary), Linear(positions, width, vocabulary, backward=False)]
     alone: list[float] = []
     runs = {"step": step, "products": lambda _: alone.append(product_seconds(layers, torch.bfloat16))}
     seconds = interleave(runs, rounds)["step"]
-    flops = 1e12 * training_tflops(student, STEP_TOKENS, positions, length, vocabulary, width)
-    # Attention's products are in the analytic FLOPs and not among the layers: all FLOPs at the layers' rate.
-    bound = [own * flops / sum(layer.flops for layer in layers) for own in alone[1:]]
+    # Attention's products are not among the layers: all FLOPs at the layers' rate.
+    of_layers = sum(layer.flops for layer in layers)
+    flops = of_layers + attention_flops(student, [length] * rows, [length - length // 2] * rows)
+    bound = [own * flops / of_layers for own in alone[1:]]
     return {
         "length": length,
         "tokens": STEP_TOKENS,

@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
 from benchmarks.agreement import assert_agreement, relative_differences
 from benchmarks.inputs import MODES, Inputs, Steps, prepare_inputs
@@ -23,9 +21,9 @@ from benchmarks.memory import Memory, PeakMemory, of_child
 from benchmarks.report import draw_step, step_table, write_report
 from benchmarks.timing import Linear, Spread, columns, interleave, machine, product_seconds, write_csv
 from benchmarks.trainers import REFERENCE, TRAINERS, OneTeacherPass
-from entkd.distill.flops import training_tflops
+from benchmarks.work import attention_flops, linear_layers
 from entkd.errors import UserError
-from entkd.models import load_model, trunk
+from entkd.models import load_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Row = dict[str, object]
@@ -60,30 +58,20 @@ class Products:
 
     def layers(self, number: int) -> tuple[list[Linear], Linear, Linear]:
         """Layers of the trunk, the output projection, and that of the teacher."""
-        blocks, block = self.steps.packed(number)
         positions, vocab_size = self.steps.response_tokens(number), self.steps.vocab_size
         return (
-            self.linear_layers(self.student, len(blocks) * block),
+            linear_layers(self.student, self.steps.tokens(number), positions),
             Linear(positions, int(self.student.config.hidden_size), vocab_size),
             Linear(positions, self.teacher_width, vocab_size, backward=False),
         )
 
-    @staticmethod
-    def linear_layers(student: PreTrainedModel, tokens: int) -> list[Linear]:
-        """Of the trunk, by shape."""
-        shapes: dict[tuple[int, int], int] = {}
-        for module in trunk(student).modules():
-            if isinstance(module, nn.Linear):
-                shape = (module.in_features, module.out_features)
-                shapes[shape] = shapes.get(shape, 0) + 1
-        return [Linear(tokens, *shape, count=count) for shape, count in shapes.items()]
-
     def flops(self, number: int, mode: str) -> float:
-        """Analytic FLOPs of the step, attention included."""
-        blocks, block = self.steps.packed(number)
-        width = self.teacher_width if mode == "hidden" else None
-        sizes = (len(blocks) * block, self.steps.response_tokens(number), block, self.steps.vocab_size)
-        return 1e12 * training_tflops(self.student, *sizes, width)
+        """FLOPs that the step needs, attention included."""
+        trunk_layers, head, teacher_head = self.layers(number)
+        layers = [*trunk_layers, head, *([teacher_head] if mode == "hidden" else [])]
+        documents, corpus = self.steps.documents(number), self.steps.corpus
+        lengths, responses = corpus.lengths[documents].tolist(), corpus.response_lengths[documents].tolist()
+        return sum(layer.flops for layer in layers) + attention_flops(self.student, lengths, responses)
 
 
 def measure(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -11,8 +13,13 @@ from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from entkd.config import Student
 from entkd.data.corpus import Document, write_split
 from entkd.data.manifest import summarise, write_manifest
+from entkd.models import init_student
+
+if TYPE_CHECKING:
+    from benchmarks.inputs import Inputs
 
 SENTENCES = [
     "the quick brown fox jumps over the lazy dog and runs away from the old house",
@@ -88,3 +95,17 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) 
         splits=summary,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_inputs(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_corpus: Path) -> Inputs:
+    """A tiny teacher, a student of three of its layers, 36 documents and their signals of both modes."""
+    from benchmarks.inputs import Inputs, make_signals
+
+    folder = tmp_path_factory.mktemp("bench")
+    teacher = folder / "teacher"
+    teacher.mkdir()
+    (teacher / "model").symlink_to(tiny_teacher)
+    (teacher / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}), encoding="utf-8")
+    init_student(Student(layers=(0, 1, 3)), teacher, folder / "student", 0)
+    return Inputs(teacher, folder / "student", tiny_corpus, make_signals(teacher, tiny_corpus, folder / "cache"))

@@ -73,7 +73,8 @@ def evidence(record_property: Callable[[str, object], None]) -> Callable[[str, s
     def report(row: str, column: str, value: str | float) -> None:
         assert row in ROWS, f"no row {row} in tests/evidence.py"
         assert column in COLUMNS, column
-        record_property("evidence", [row, column, value])
+        # Workers send plain numbers alone to the process that collects them, no numpy ones.
+        record_property("evidence", [row, column, value if isinstance(value, str) else float(value)])
 
     return report
 

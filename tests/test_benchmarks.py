@@ -15,15 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import head, step
 from benchmarks.agreement import assert_agreement
 from benchmarks.heads import HEADS, Case, relative_error
-from benchmarks.inputs import IGNORED, Inputs, Steps, make_signals, prepare_inputs
+from benchmarks.inputs import IGNORED, Steps, prepare_inputs
 from benchmarks.memory import ROOT, PeakMemory, of_child
 from benchmarks.report import draw_head, draw_step, head_table, step_table, write_report
 from benchmarks.timing import Linear, Spread, interleave, product_seconds, ratios, write_csv
 from benchmarks.trainers import TRAINERS, Plain
-from entkd.config import Student
 from entkd.data import Corpus
 from entkd.errors import UserError
-from entkd.models import init_student
 
 
 def test_competitors_take_turns_and_the_warm_up_round_is_not_kept():
@@ -91,18 +89,6 @@ def test_a_child_that_fails_is_named_with_what_it_printed():
 
 
 # ── whole steps ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def tiny_inputs(tmp_path_factory, tiny_teacher: Path, tiny_corpus: Path) -> Inputs:
-    """A tiny teacher, a student of three of its layers, 36 documents and their signals of both modes."""
-    folder = tmp_path_factory.mktemp("bench")
-    teacher = folder / "teacher"
-    teacher.mkdir()
-    (teacher / "model").symlink_to(tiny_teacher)
-    (teacher / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}), encoding="utf-8")
-    init_student(Student(layers=(0, 1, 3)), teacher, folder / "student", 0)
-    return Inputs(teacher, folder / "student", tiny_corpus, make_signals(teacher, tiny_corpus, folder / "cache"))
 
 
 def test_padded_and_packed_rows_train_on_the_same_tokens(tiny_inputs):
@@ -202,14 +188,31 @@ def test_steps_are_measured_and_reported(tiny_inputs, tmp_path, monkeypatch):
     assert (tmp_path / "step.png").stat().st_size > 1000
 
 
-def test_flops_of_the_products_are_those_of_the_step_without_attention(tiny_inputs):
-    products = step.Products(tiny_inputs, Steps(tiny_inputs.data, 8), torch.float32)
+def test_flops_of_a_step_are_those_that_it_makes(tiny_inputs):
+    """Of linear layers; the step's tokens are filled up to a multiple of 16."""
+    steps = Steps(tiny_inputs.data, 8)
+    products, trainer = (
+        step.Products(tiny_inputs, steps, torch.float32),
+        TRAINERS["entkd_hidden"](tiny_inputs, steps, torch.float32),
+    )
+    with FlopCounterMode(display=False) as counter:
+        trainer.backward(0)
+    counted = counter.get_flop_counts()["Global"]
+    made = sum(flops for operation, flops in counted.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
     trunk_layers, own, teacher = products.layers(0)
-    blocks, block = products.steps.packed(0)
-    attention = 3 * 4 * block * 32 * 3 * len(blocks) * block  # width 32, 3 layers
-    expected = sum(layer.flops for layer in [*trunk_layers, own])
-    assert products.flops(0, "logprobs") == pytest.approx(expected + attention)
-    assert products.flops(0, "hidden") == pytest.approx(expected + attention + teacher.flops)
+    needed = sum(layer.flops for layer in [*trunk_layers, own, teacher])
+    filled = sum(layer.flops * 15 / layer.rows for layer in trunk_layers)
+    assert needed <= made <= needed + filled
+    lengths = steps.corpus.lengths[steps.documents(0)].tolist()
+    responses = steps.corpus.response_lengths[steps.documents(0)].tolist()
+    attention = products.flops(0, "hidden") - needed
+    assert products.flops(0, "logprobs") == pytest.approx(needed - teacher.flops + attention)
+    # width 32: two of three layers for all queries, the last for those that predict a response token
+    seen = sum(
+        2 * sum(range(1, length + 1)) + sum(query + 1 for query in range(length - response - 1, length - 1))
+        for length, response in zip(lengths, responses, strict=True)
+    )
+    assert attention == pytest.approx(3 * 4 * 32 * seen)
 
 
 def test_rows_of_a_file_become_data_of_their_own(tmp_path, tiny_inputs):

@@ -285,3 +285,15 @@ def test_an_error_leaves_the_model_as_it_was(corpus: Corpus, monkeypatch: pytest
     with torch.no_grad(), pytest.raises(RuntimeError, match="no memory"):
         packed_states(model, batch)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_is_in_the_type_of_autocast():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 12, 8, generator=generator) for heads in (4, 2, 2))
+    documents = attention.whole([0, 5], 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = attention.attend(query, key, value, documents, None)
+    assert cast.dtype == torch.bfloat16
+    rounded = attention.attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), documents, None)
+    assert torch.equal(cast, rounded)
+    assert attention.attend(query, key, value, documents, None).dtype == torch.float32

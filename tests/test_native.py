@@ -112,6 +112,21 @@ def test_kl_of_rows(reverse, vocab):
 
 
 @needs_library
+def test_one_number_for_all_rows_may_be_kept_once():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 50, generator=generator) for _ in range(2))
+    once, labels = torch.tensor([[1.5]]).expand(4, 1), torch.tensor([[7]]).expand(4, 1)
+    every = once.contiguous()
+    expected, found = torch.empty(4, 50), torch.empty(4, 50)
+    value = native.kl(student, teacher, every, every, False, expected)
+    assert torch.equal(native.kl(student, teacher, once, once, False, found), value)
+    assert torch.equal(found, expected)
+    value = native.cross_entropy(student, labels.contiguous(), every, expected)
+    assert torch.equal(native.cross_entropy(student, labels, once, found), value)
+    assert torch.equal(found, expected)
+
+
+@needs_library
 @pytest.mark.parametrize("shift", [0.0, 300.0, -5e4])
 def test_extreme_rows(shift):
     student = torch.tensor([[0.0, -1e3, 80.0, 1e4], [1.0, 2.0, 3.0, 4.0]]) + shift

@@ -276,8 +276,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "processes": world.size,
             "threads": threads,
             "precision": str(dtype).removeprefix("torch."),
-            # Another product rounds its sums in another order: the last bits of a run depend on it.
-            "compiled_product": dtype == torch.bfloat16 and device.type == "cpu" and native.available(),
+            # Other kernels round their sums in another order: the last bits of a run depend on them.
+            "compiled_kernels": device.type == "cpu" and native.available(),
             "steps": len(steps),
             "best_step": best_step or len(steps),
             "dev_nll": nll if math.isfinite(nll) else None,

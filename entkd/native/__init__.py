@@ -92,14 +92,15 @@ def kl(
     gradient_RV
         (R, V) fp32 or bf16; gets the gradient by the student's logits. It may be the student's tensor.
     """
-    tensors = [t for t in (student_RV, teacher_RV, temperature_R1, scale_R1, gradient_RV) if t is not None]
+    tensors = [t for t in (student_RV, teacher_RV, gradient_RV) if t is not None]
     found = library() if _usable(*tensors) and student_RV.numel() else None
     if found is None or teacher_RV.dtype not in _CODES or not _are_numbers(student_RV, scale_R1, gradient_RV):
         return None
     R, V = student_RV.shape
     _check(teacher_RV.shape == (R, V) and (gradient_RV is None or gradient_RV.shape == (R, V)), *tensors)
     value_R1 = student_RV.new_empty((R, 1), dtype=_FP32)
-    k_R1 = None if temperature_R1 is None else temperature_R1.to(_FP32).reciprocal()
+    k_R1 = None if temperature_R1 is None else temperature_R1.to(_FP32).reciprocal().contiguous()
+    scale_R1 = None if scale_R1 is None else scale_R1.contiguous()  # one number for all rows may be kept only once
     found.entkd_kl(
         int(reverse),
         *_typed(student_RV),
@@ -116,7 +117,7 @@ def cross_entropy(
     student_RV: Tensor, labels_R1: Tensor, scale_R1: Tensor | None, gradient_RV: Tensor | None
 ) -> Tensor | None:
     """-log q(label) of each row, (R, 1) in nats; None where it was not done. Tensors are as in `kl`, labels int64."""
-    tensors = [t for t in (student_RV, labels_R1, scale_R1, gradient_RV) if t is not None]
+    tensors = [t for t in (student_RV, gradient_RV) if t is not None]
     found = library() if _usable(*tensors) and student_RV.numel() else None
     if found is None or labels_R1.dtype != torch.long or not _are_numbers(student_RV, scale_R1, gradient_RV):
         return None
@@ -125,6 +126,8 @@ def cross_entropy(
     if bool(((labels_R1 < 0) | (labels_R1 >= V)).any()):
         raise ValueError(f"labels from {int(labels_R1.min())} to {int(labels_R1.max())} for {V} tokens")
     value_R1 = student_RV.new_empty((R, 1), dtype=_FP32)
+    labels_R1 = labels_R1.contiguous()
+    scale_R1 = None if scale_R1 is None else scale_R1.contiguous()
     found.entkd_cross_entropy(
         *_typed(student_RV), *_pointers(labels_R1, scale_R1, value_R1), *_typed(gradient_RV), R, V
     )

@@ -21,7 +21,9 @@ from benchmarks.report import draw_head, draw_step, head_table, step_table, writ
 from benchmarks.timing import Linear, Spread, interleave, product_seconds, ratios, write_csv
 from benchmarks.trainers import TRAINERS, Plain
 from entkd.data import Corpus
+from entkd.data.packing import collate
 from entkd.errors import UserError
+from entkd.models import packed_states
 
 
 def test_competitors_take_turns_and_the_warm_up_round_is_not_kept():
@@ -189,20 +191,17 @@ def test_steps_are_measured_and_reported(tiny_inputs, tmp_path, monkeypatch):
 
 
 def test_flops_of_a_step_are_those_that_it_makes(tiny_inputs):
-    """Of linear layers; the step's tokens are filled up to a multiple of 16."""
     steps = Steps(tiny_inputs.data, 8)
-    products, trainer = (
-        step.Products(tiny_inputs, steps, torch.float32),
-        TRAINERS["entkd_hidden"](tiny_inputs, steps, torch.float32),
-    )
+    products = step.Products(tiny_inputs, steps, torch.float32)
+    blocks, block = steps.packed(0)
     with FlopCounterMode(display=False) as counter:
-        trainer.backward(0)
-    counted = counter.get_flop_counts()["Global"]
-    made = sum(flops for operation, flops in counted.items() if operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+        hidden_ND, _ = packed_states(products.student, collate(steps.corpus, blocks, block, steps.pad_id))
+        hidden_ND.sum().backward()
     trunk_layers, own, teacher = products.layers(0)
-    needed = sum(layer.flops for layer in [*trunk_layers, own, teacher])
-    filled = sum(layer.flops * 15 / layer.rows for layer in trunk_layers)
-    assert needed <= made <= needed + filled
+    linear = sum(layer.flops for layer in trunk_layers)
+    filled = sum(layer.flops * 15 / layer.rows for layer in trunk_layers)  # tokens, up to a multiple of 16
+    assert linear <= counter.get_flop_counts()["Global"][torch.ops.aten.mm] <= linear + filled
+    needed = linear + own.flops + teacher.flops
     lengths = steps.corpus.lengths[steps.documents(0)].tolist()
     responses = steps.corpus.response_lengths[steps.documents(0)].tolist()
     attention = products.flops(0, "hidden") - needed

@@ -188,7 +188,7 @@ class Objective(nn.Module):
                 terms["ce"] = head.cross_entropy / max(1, positions)
             terms |= {term: getattr(head, term) / max(1, positions) for term in asked}
         elif method.ce is not None:
-            share_N = torch.full((len(hidden_ND),), 1 / max(1, positions), device=hidden_ND.device)
+            share_N = hidden_ND.new_full((len(hidden_ND),), 1 / max(1, positions), dtype=compute_dtype(hidden_ND))
             terms["ce"] = linear_cross_entropy(
                 hidden_ND, weight_VD, batch.labels_N, weight_N=share_N, vocab_size=self.vocab_size
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -53,6 +54,21 @@ def test_students_are_paired_by_seed_and_differ_by_arm(finished: Path) -> None:
     # The teacher ran once: every arm that reads its signals reports the same pass over the data.
     assert len({record["teacher_tokens"] for (arm, _), record in records.items() if arm not in ("sft", "seqkd")}) == 1
     assert records["sft", 0]["teacher_tokens"] == 0
+
+
+def test_a_job_that_loads_everything_itself_trains_the_same_student(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs are forked from a process that has the libraries loaded: that must not change a bit."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    record = folder / "results/tiny/students/full/seed0/run.json"
+    before = json.loads(record.read_text(encoding="utf-8"))
+    record.unlink()
+    monkeypatch.setenv("ENTKD_PRELOADED", "0")
+    run(folder, str(record.relative_to(folder)))
+    after = json.loads(record.read_text(encoding="utf-8"))
+    assert after["started"] != before["started"] and after["weights_sha256"] == before["weights_sha256"]
 
 
 def test_held_out_score_of_the_teacher_is_its_own_likelihood(finished: Path) -> None:

@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kVocabulary = 64; // rows of the weight in a panel: with a width of 576 it fills a sixth of an L2 cache
 constexpr int64_t kDepth = 512; // rows of the weight that are summed over at once
 constexpr int64_t kTokens = 256;
+constexpr int64_t kTile = 32; // rows of AMX
 
 inline uint32_t bits(BFloat16 value) {
   return value.x;
@@ -80,18 +81,19 @@ void pair_rows(const BFloat16* x, int64_t rows, int64_t D, uint32_t* panel) {
   }
 }
 
-// Some columns of x (R, V) as rows of `pairs` pairs: a transposed copy, with zeros behind an odd R.
+// Some columns of x (R, V) as rows of `pairs` pairs, a multiple of 16: a transposed copy, with zeros behind the R numbers.
 void transpose_columns(const BFloat16* x, int64_t R, int64_t V, int64_t columns, uint32_t* panel, int64_t pairs) {
-  const auto half = [](const BFloat16* from) {
-    return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const auto half = [&](int64_t row, int64_t column) {
+    return row < R ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + row * V + column)))
+                   : _mm512_setzero_si512();
   };
+  const auto number = [&](int64_t row, int64_t column) { return row < R ? bits(x[row * V + column]) : 0; };
   for (int64_t pair = 0; pair < pairs; pair += 16) {
     int64_t column = 0;
-    for (; 2 * (pair + 16) <= R && column + 16 <= columns; column += 16) {
+    for (; column + 16 <= columns; column += 16) {
       __m512i block[16];
       for (int i = 0; i < 16; ++i) {
-        const BFloat16* source = x + 2 * (pair + i) * V + column;
-        block[i] = entkd::zip(half(source), half(source + V), 0);
+        block[i] = entkd::zip(half(2 * (pair + i), column), half(2 * (pair + i) + 1, column), 0);
       }
       entkd::transpose(block);
       for (int i = 0; i < 16; ++i) {
@@ -99,9 +101,8 @@ void transpose_columns(const BFloat16* x, int64_t R, int64_t V, int64_t columns,
       }
     }
     for (; column < columns; ++column) {
-      for (int64_t p = pair; p < std::min(pairs, pair + 16); ++p) {
-        const BFloat16* source = x + 2 * p * V + column;
-        panel[column * pairs + p] = bits(source[0]) | (2 * p + 1 < R ? bits(source[V]) << 16 : 0);
+      for (int64_t p = pair; p < pair + 16; ++p) {
+        panel[column * pairs + p] = number(2 * p, column) | number(2 * p + 1, column) << 16;
       }
     }
   }
@@ -132,26 +133,36 @@ void hidden_gradient(
     const BFloat16* gradient, const BFloat16* weight, float* out, int64_t R, int64_t V, int64_t D) {
   const int64_t even = V / 2 * 2;
   const int64_t panels = (even + kDepth - 1) / kDepth;
+  const int64_t whole = R / kTile * kTile;
   std::vector<std::vector<float>> sums(at::get_num_threads());
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {
     std::vector<float>& sum = sums[at::get_thread_num()];
-    sum.resize(R * D);
+    sum.resize((whole < R ? whole + kTile : whole) * D);
+    std::vector<BFloat16> rest(whole < R ? kTile * kDepth : 0);
     const auto panel = std::make_unique<uint32_t[]>(kDepth / 2 * D);
     for (int64_t index = first; index < last; ++index) {
       const int64_t start = index * kDepth;
       const int64_t depth = std::min(kDepth, even - start);
       pair_rows(weight + start * D, depth, D, panel.get());
-      for (int64_t token = 0; token < R; token += kTokens) {
+      for (int64_t token = 0; token < whole; token += kTokens) {
         brgemm(
-            std::min(kTokens, R - token), D, depth, V, D, D, /*add_C=*/true, gradient + token * V + start,
+            std::min(kTokens, whole - token), D, depth, V, D, D, /*add_C=*/true, gradient + token * V + start,
             numbers(panel.get()), sum.data() + token * D, /*is_vnni=*/true);
+      }
+      if (whole < R) {
+        for (int64_t row = whole; row < R; ++row) {
+          std::copy_n(gradient + row * V + start, depth, rest.data() + (row - whole) * kDepth);
+        }
+        brgemm(
+            kTile, D, depth, kDepth, D, D, /*add_C=*/true, rest.data(), numbers(panel.get()), sum.data() + whole * D,
+            /*is_vnni=*/true);
       }
     }
     brgemm_release(/*is_vnni=*/true);
   });
   std::fill(out, out + R * D, 0.0f);
   for (const std::vector<float>& sum : sums) {
-    for (size_t i = 0; i < sum.size(); ++i) {
+    for (int64_t i = 0; i < (sum.empty() ? 0 : R * D); ++i) {
       out[i] += sum[i];
     }
   }
@@ -165,8 +176,10 @@ void hidden_gradient(
 // sum (V, D) = or += gradientᵀ (V, R) · hidden (R, D)
 void weight_gradient(
     const BFloat16* gradient, const BFloat16* hidden, float* sum, int64_t R, int64_t V, int64_t D, bool add) {
-  const int64_t pairs = (R + 1) / 2;
-  const auto paired = std::make_unique<uint32_t[]>(pairs * D);
+  // Whole tiles of AMX, 32 numbers deep, with zeros behind the last: for the rest of an odd depth the kernel changes the
+  // shape of its tiles twice per block of the result, which took half of its time.
+  const int64_t pairs = (R + 31) / 32 * 16;
+  const auto paired = std::make_unique<uint32_t[]>(pairs * D); // zeros
   pair_rows(hidden, R, D, paired.get());
   const int64_t panels = (V + kVocabulary - 1) / kVocabulary;
   at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) {

@@ -136,7 +136,8 @@ def test_the_exit_status_is_that_of_the_job(preloaded: Preloaded, status: int) -
 def test_an_exception_is_told_on_the_commands_own_stream(preloaded: Preloaded) -> None:
     client = preloaded.start("raise")
     _, error = client.communicate()
-    assert client.returncode == 1 and "RuntimeError: told" in error
+    assert client.returncode == 1
+    assert "RuntimeError: told" in error
 
 
 def test_a_job_that_is_killed_looks_killed(preloaded: Preloaded) -> None:
@@ -161,7 +162,8 @@ def test_a_killed_server_takes_its_jobs_with_it_and_the_command_fails(tmp_path: 
     client, job = preloaded.sleeping()
     preloaded.process.kill()
     preloaded.process.wait()
-    assert client.wait(10) == 1 and is_gone(job)
+    assert client.wait(10) == 1
+    assert is_gone(job)
 
 
 def test_jobs_go_on_when_the_workflow_is_gone_and_new_ones_run_by_themselves(tmp_path: Path) -> None:
@@ -170,9 +172,11 @@ def test_jobs_go_on_when_the_workflow_is_gone_and_new_ones_run_by_themselves(tmp
     assert preloaded.process.stdin is not None
     preloaded.process.stdin.close()
     time.sleep(0.3)
-    assert client.poll() is None and preloaded.start(source=ASKED).communicate()[0] == "None\n"
+    assert client.poll() is None
+    assert preloaded.start(source=ASKED).communicate()[0] == "None\n"
     client.terminate()
-    assert client.wait(10) == 7 and preloaded.process.wait(10) == 0
+    assert client.wait(10) == 7
+    assert preloaded.process.wait(10) == 0
 
 
 @pytest.mark.parametrize("changes", [{"OWN": "1"}, {"OMP_NUM_THREADS": ""}])
@@ -195,7 +199,8 @@ def test_the_command_runs_by_itself_where_nobody_listens(tmp_path: Path) -> None
     command = [sys.executable, "-c", "from entkd.start import main; main()", "--version"]
     environment = os.environ | {"ENTKD_PRELOADED": str(tmp_path / "socket")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{__version__}\n"
+    assert done.returncode == 0
+    assert done.stdout == f"{__version__}\n"
 
 
 def test_jobs_of_snakemake_are_taken(tmp_path: Path) -> None:

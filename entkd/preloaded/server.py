@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from entkd.preloaded import VARIABLE
 from entkd.preloaded.client import ACCEPTED, PASSED_ON
 
 LIBRARIES = (
@@ -37,19 +38,10 @@ LIBRARIES = (
     "transformers.models.auto.tokenization_auto",
 )
 """What the stages import, the stages among it, and with them PyTorch."""
-OF_THE_JOB = {"OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "NUMEXPR_NUM_THREADS"}
-OF_THE_JOB |= {
-    "VECLIB_MAXIMUM_THREADS",
-    "TMPDIR",
-    "TMP",
-    "TEMP",
-    "TEMPDIR",
-    "ENTKD_PRELOADED",
-    "PWD",
-    "OLDPWD",
-    "SHLVL",
+OF_THE_JOB = {
+    *(f"{library}_NUM_THREADS" for library in ("OMP", "MKL", "OPENBLAS", "GOTO", "NUMEXPR")),
+    *("VECLIB_MAXIMUM_THREADS", "TMPDIR", "TMP", "TEMP", "TEMPDIR", "PWD", "OLDPWD", "SHLVL", "_", VARIABLE),
 }
-OF_THE_JOB |= {"_"}
 """Environment variables in which a job may differ from this process: shells and Snakemake set them for each. All others
 may decide what a library does when it is loaded."""
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -104,7 +96,7 @@ class Server:
         except (OSError, ValueError):
             connection.close()
             return
-        # Counted by the environment: the threads of a process that was not told of a number are a matter of the machine.
+        # Without a number of threads, a process takes what it finds to be the machine's: only it can know that.
         threads = job["environment"].get("OMP_NUM_THREADS", "")
         if _common(job["environment"]) == self.environment and threads.isdigit() and self._load():
             with contextlib.suppress(OSError):

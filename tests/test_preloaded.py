@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from entkd import __version__
+from entkd.preloaded import start
 from entkd.preloaded.server import _common
 
 JOB = """
@@ -201,6 +203,18 @@ def test_the_command_runs_by_itself_where_nobody_listens(tmp_path: Path) -> None
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stdout == f"{__version__}\n"
+
+
+def test_no_process_where_the_path_of_its_socket_would_be_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.delenv("ENTKD_PRELOADED", raising=False)
+    start()
+    assert "ENTKD_PRELOADED" not in os.environ
+    assert not list(folder.iterdir())
 
 
 def test_jobs_of_snakemake_are_taken(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 VARIABLE = "ENTKD_PRELOADED"
 """Environment variable with the path of the socket; 0 keeps a workflow from starting the process."""
+_LONGEST_ADDRESS = 107
+"""Bytes that the system has for the path of a socket."""
 
 _processes: list[subprocess.Popen[bytes]] = []  # held, since their pipes end with these objects
 
@@ -27,8 +29,11 @@ def start() -> None:
     """Start the process, and tell the jobs of this one of it by the environment. It loads at the first job."""
     if sys.platform != "linux" or os.environ.get(VARIABLE) == "0":
         return
-    folder = tempfile.mkdtemp(prefix="entkd-")  # readable by its owner alone
-    address = Path(folder) / "socket"
+    folder = Path(tempfile.mkdtemp(prefix="entkd-"))  # readable by its owner alone
+    address = folder / "socket"
+    if len(os.fsencode(address)) > _LONGEST_ADDRESS:
+        folder.rmdir()
+        return
     # The pipe is how it learns that this process has ended, however it did. A session of its own keeps Ctrl-C away from
     # the jobs: the commands pass it on.
     command = [sys.executable, "-m", "entkd.preloaded.server", str(address)]

@@ -44,7 +44,7 @@ OF_THE_JOB = {
 }
 """Environment variables in which a job may differ from this process: shells and Snakemake set them for each. All others
 may decide what a library does when it is loaded."""
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_DIE_WITH_PARENT, _NAME = 1, 15  # PR_SET_PDEATHSIG, PR_SET_NAME
 
 
 class Server:
@@ -123,7 +123,9 @@ class Server:
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            process = ctypes.CDLL(None)
+            process.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            process.prctl(_NAME, " ".join(["entkd", *job["arguments"][:1]]).encode())  # what `top` shows
             for other in [self.listening, connection, *self.waiting.values()]:
                 if other is not None:
                     other.close()

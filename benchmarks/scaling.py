@@ -24,7 +24,8 @@ from benchmarks.timing import Linear, Spread, interleave, product_seconds, ratio
 from benchmarks.work import attention_flops, linear_layers
 from entkd.config import Method, Training
 from entkd.data.packing import Batch
-from entkd.distill.objective import MicroBatch, Objective
+from entkd.distill.micro_batch import MicroBatch
+from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.figures.style import BLACK, BLUE, GREY, STYLE, TEXT_WIDTH, save
 from entkd.models import gather_embedding_gradient, load_model

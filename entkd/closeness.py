@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entkd import hellinger
 from entkd.heads import common_rows, teacher_logits
-from entkd.kernels import value_and_gradient
+from entkd.kernels import temperature_derivative, value_and_gradient
 from entkd.products import compute_dtype, projection
 from entkd.softmax import entropy, in_full
 from entkd.tiles import piece_rows, slices, tile_rows
 
 CLOSENESS = ("entropy", "divergence", "agreement")
 """What `linear_statistics` finds unless it is told; of the student alone only the first."""
-STATISTICS = (*CLOSENESS, "teacher_entropy", "hellinger")
+STATISTICS = (*CLOSENESS, "teacher_entropy", "hellinger", "temperature_slope")
 """All that it can find."""
-_OF_STUDENT = {"entropy", "divergence", "agreement", "hellinger"}
-_OF_TEACHER = {"divergence", "agreement", "teacher_entropy", "hellinger"}
+_OF_BOTH = {"divergence", "agreement", "hellinger", "temperature_slope"}
+_OF_STUDENT = {"entropy"} | _OF_BOTH
+_OF_TEACHER = {"teacher_entropy"} | _OF_BOTH
 
 
 @torch.no_grad()
@@ -56,18 +58,20 @@ def linear_statistics(
     dict
         (N,) tensors: ``entropy`` of q and ``teacher_entropy`` of p, nats; ``divergence`` in nats at the temperatures,
         without s(T); ``agreement``, whether both have the same most likely token; ``hellinger``, the Hellinger
-        distance √(1 - Σ √(pq)) in [0, 1] at T = 1.
+        distance √(1 - Σ √(pq)) in [0, 1] at T = 1; ``temperature_slope``, d[T² D]/dT of the two KLs.
 
     Raises
     ------
     ValueError
-        A statistic of another name, or of the teacher where there is none.
+        A statistic of another name, or of the teacher where there is none; a temperature's slope without temperatures.
     """
     names = set(wants if wants is not None else CLOSENESS if teacher_hidden_NE is not None else ("entropy",))
     if not names <= set(STATISTICS):
         raise ValueError(f"statistics {sorted(names - set(STATISTICS))}: known are {', '.join(STATISTICS)}")
     if teacher_hidden_NE is None and names & _OF_TEACHER:
         raise ValueError(f"{', '.join(sorted(names & _OF_TEACHER))}: give the teacher's hidden states or logits")
+    if "temperature_slope" in names and temperature_N is None:
+        raise ValueError("temperature_slope: give temperature_N")
     vocab_size = common_rows(student_hidden_ND, student_weight_VD, teacher_hidden_NE, teacher_weight_UE, vocab_size)
     dtype, device, n_tokens = compute_dtype(student_hidden_ND), student_hidden_ND.device, len(student_hidden_ND)
     student = teacher = None
@@ -96,10 +100,12 @@ def linear_statistics(
             if "agreement" in names:
                 found["agreement"][rows] = own_RV.argmax(-1) == target_RV.argmax(-1)
             if "hellinger" in names:
-                root_RV = (torch.log_softmax(own_RV, -1) + torch.log_softmax(target_RV, -1)).mul_(0.5).exp_()
-                found["hellinger"][rows] = (1 - root_RV.sum(-1)).clamp_min(0).sqrt()
+                found["hellinger"][rows] = hellinger.distance(own_RV, target_RV)
+            temperature_R1 = None if temperature_N is None else temperature_N[rows].to(dtype).unsqueeze(-1)
+            if "temperature_slope" in names and temperature_R1 is not None:
+                slope_R1 = temperature_derivative(own_RV, target_RV, temperature_R1, divergence, "per_token")
+                found["temperature_slope"][rows] = slope_R1.squeeze(-1)
             if "divergence" in names:  # last: it overwrites the logits
-                temperature_R1 = None if temperature_N is None else temperature_N[rows].to(dtype).unsqueeze(-1)
                 value_R1 = value_and_gradient(own_RV, target_RV, temperature_R1, divergence, dict(settings or {}))
                 found["divergence"][rows] = value_R1.squeeze(-1)
     return found

@@ -132,6 +132,7 @@ def linear_distillation(
     token_weight: TokenWeight | None = None,
     teacher_share: Tensor | None = None,
     temperature_gradient: bool = False,
+    distance_slope_N: Tensor | None = None,
     t2: Literal["per_token", "linear", "off"] = "per_token",
     vocab_size: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -145,7 +146,8 @@ def linear_distillation(
     Two further things that published methods do inside the tile: with ``teacher_share``, a scalar t in (0, 1], the
     teacher's logits are (1-t) z_q + t z_p, z_q without gradient (TAID, arXiv 2501.16937); with
     ``temperature_gradient`` the derivative of the divergence term by a common temperature is found (CTKD, arXiv
-    2211.16231), of the two KLs alone.
+    2211.16231), of the two KLs alone. ``distance_slope_N``, (N,), adds to the gradient, not to the value, that of
+    a_kd Σ_i c_i s_i, with s the Hellinger distance at T = 1 (AdaKD's released code, arXiv 2510.11615).
     """
     if divergence not in DIVERGENCES and divergence not in TERMS:
         raise ValueError(f"divergence {divergence!r}: allowed are {', '.join({**DIVERGENCES, **TERMS})}")
@@ -167,7 +169,8 @@ def linear_distillation(
     # Tokens of weight 0 are left out and not multiplied by 0: what is in their rows, NaN included, must not matter.
     # They stay where others need them, and on a GPU, where counting them would make the host wait.
     kept_K = None
-    if weight_N is not None and labels_N is None and weight_N.device.type == "cpu":
+    alone = labels_N is None and distance_slope_N is None
+    if weight_N is not None and alone and weight_N.device.type == "cpu":
         kept_K = weight_N.detach().nonzero().squeeze(-1)
         student_hidden_ND, weight_N = student_hidden_ND[kept_K], weight_N.detach()[kept_K]
         temperature_N = None if temperature_N is None else temperature_N[kept_K]
@@ -186,6 +189,7 @@ def linear_distillation(
         teacher_share,
         temperature_gradient,
         t2,
+        distance_slope_N,
     )
     names = [*token_loss.terms, *(["cross_entropy"] if labels_N is not None else [])]
 

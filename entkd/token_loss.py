@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from entkd import hellinger
 from entkd.kernels import temperature_derivative, value_and_gradient
 from entkd.softmax import entropy, in_full, sparse_value_and_gradient
 from entkd.sparse import SparseTarget
@@ -47,6 +48,8 @@ class TokenLoss:
     """Whether Σ_i w_i d[s(T_i) D_i]/dT_i is a term."""
     t2: str
     """Which s(T)."""
+    distance_slope_N: Tensor | None = None
+    """c: the gradient of Σ_i c_i s_i, with s the Hellinger distance, is added to that of the loss."""
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -69,11 +72,20 @@ class TokenLoss:
         """The `terms` of these rows, (len(terms),); into ``gradient_RV`` goes the gradient of the first, (R, V), times
         a factor. Inputs and gradient are as in `entkd.kernels.value_and_gradient`."""
         dtype = torch.promote_types(student_RV.dtype, torch.float32)
-        if self.token_weight is not None or self.teacher_share is not None or self.wants_temperature_gradient:
+        moves_distance = self.distance_slope_N is not None and gradient_RV is not None
+        if (
+            moves_distance
+            or self.token_weight is not None
+            or self.teacher_share is not None
+            or self.wants_temperature_gradient
+        ):
             student_RV, teacher_RV = in_full(student_RV, "piece of logits"), in_full(teacher_RV, "piece of targets")
         temperature_R1 = None if self.temperature_N is None else _column(self.temperature_N, rows, dtype)
         entropy_R = None if self.token_weight is None else entropy(student_RV)
-        target_entropy_R = slope_R1 = None
+        target_entropy_R = slope_R1 = distance_gradient_RV = None
+        if moves_distance and self.distance_slope_N is not None:  # before the divergence overwrites the logits
+            distance_gradient_RV = hellinger.gradient(student_RV, teacher_RV)
+            distance_gradient_RV.mul_(gradient_factor * _column(self.distance_slope_N, rows, dtype))
         if self.teacher_share is not None:
             share = self.teacher_share.to(dtype)
             teacher_RV.mul_(share).add_(student_RV * (1 - share))
@@ -113,6 +125,8 @@ class TokenLoss:
             scale_R1 = own_R1 if scale_R1 is None else scale_R1 * own_R1
             if gradient_RV is not None:
                 gradient_RV.mul_(own_R1)
+        if distance_gradient_RV is not None and gradient_RV is not None:
+            gradient_RV.add_(distance_gradient_RV)
         sums = [value_R1.sum() if scale_R1 is None else (value_R1 * scale_R1).sum()]
         if target_entropy_R is not None:  # unweighted, as the released code measures it
             sums.append((value_R1.squeeze(-1) + target_entropy_R).sum())

@@ -29,7 +29,8 @@ from entkd.config import DIVERGENCE_NAMES, Method, Signals, Training
 from entkd.data.packing import Batch
 from entkd.distill.distributed import World
 from entkd.distill.metrics import Metrics
-from entkd.distill.objective import MicroBatch, Objective
+from entkd.distill.micro_batch import MicroBatch
+from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, set_learning_rate
 from entkd.distill.scan import needs_scan, with_factors
 from entkd.features import feature_loss

@@ -26,6 +26,7 @@ CHANGED = {
     "full": FULL,
     # States that move within six steps: by the defaults, LATF would keep all tokens and TAID be at its line.
     "adakd": {"divergence": "reverse_kl", "approach": {"name": "adakd"} | FOCUSING},
+    "adakd_release": {"approach": {"name": "adakd", "detach": False} | FOCUSING},
     "adakd_latf": {"divergence": "reverse_kl", "approach": {"name": "adakd", "parts": "focusing"} | FOCUSING},
     "taid": {"approach": {"name": "taid", "alpha": 0.5}},
     "taid_paper": {"approach": {"name": "taid", "alpha": 0.5, "variant": "paper"}},

@@ -6,6 +6,7 @@ Shapes: N tokens, G tokens of the global batch, D student width, S statistics.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +74,43 @@ def factors_of_batches(
     vocab_size: int,
 ) -> list[Factors]:
     """The factors of several micro-batches that are looked at together, one for each."""
+    tokens = _together(found, documents, positions, selected, vocab_size)
+    whole, cuts = state.settings.factors(tokens, state.values), [len(document_N) for document_N in documents]
+    weights = [None] * len(cuts) if whole.weight_N is None else whole.weight_N.split(cuts)
+    temperatures = [None] * len(cuts) if whole.temperature_N is None else whole.temperature_N.split(cuts)
+    return [Factors(*pair) for pair in zip(weights, temperatures, strict=True)]
+
+
+def distance_slopes(
+    state: ApproachState,
+    found: Sequence[Mapping[str, Tensor]],
+    documents: Sequence[Tensor],
+    positions: int,
+    selected: int,
+    vocab_size: int,
+    slopes: Sequence[Tensor],
+) -> list[Tensor]:
+    """dL/ds of each token's Hellinger distance, one (N,) for each micro-batch, given dL/dT of its temperature.
+
+    The other parameters are those of `factors_of_batches`: a distance also moves the temperatures of other tokens.
+    """
+    tokens = _together(found, documents, positions, selected, vocab_size)
+    with torch.enable_grad():
+        distance_G = tokens.statistics["hellinger"].detach().requires_grad_()
+        moved = replace(tokens, statistics=tokens.statistics | {"hellinger": distance_G})
+        temperature_G = state.settings.factors(moved, state.values).temperature_N
+        assert temperature_G is not None
+        (slope_G,) = torch.autograd.grad(temperature_G, distance_G, torch.cat(list(slopes)).to(temperature_G.dtype))
+    return list(slope_G.split([len(document_N) for document_N in documents]))
+
+
+def _together(
+    found: Sequence[Mapping[str, Tensor]], documents: Sequence[Tensor], positions: int, selected: int, vocab_size: int
+) -> Tokens:
     # Documents of different micro-batches are different ones.
     numbered, start = [], 0
     for document_N in documents:
         numbered.append(document_N + start)
         start += 2**32
     statistics = {name: torch.cat([each[name] for each in found]) for name in found[0]}
-    tokens = Tokens(statistics, torch.cat(numbered), positions, selected, vocab_size)
-    whole, cuts = state.settings.factors(tokens, state.values), [len(document_N) for document_N in documents]
-    weights = [None] * len(cuts) if whole.weight_N is None else whole.weight_N.split(cuts)
-    temperatures = [None] * len(cuts) if whole.temperature_N is None else whole.temperature_N.split(cuts)
-    return [Factors(*pair) for pair in zip(weights, temperatures, strict=True)]
+    return Tokens(statistics, torch.cat(numbered), positions, selected, vocab_size)

@@ -9,8 +9,7 @@ V student rows of the output projection, U teacher rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,60 +18,15 @@ from transformers import PreTrainedModel
 from entkd.closeness import linear_statistics
 from entkd.config import Features, Method
 from entkd.config.folders import layer_pairs_problem
-from entkd.data.packing import Batch
-from entkd.distill.approach import ApproachState, combine, document_of_tokens, factors_of_batches
+from entkd.distill.approach import ApproachState, combine, distance_slopes, document_of_tokens, factors_of_batches
+from entkd.distill.micro_batch import MicroBatch, Teacher
 from entkd.errors import UserError
 from entkd.features import Projectors, feature_loss
 from entkd.fused import linear_cross_entropy, linear_distillation
 from entkd.methods.base import Factors
 from entkd.models import layer_points, output_weight, packed_states
 from entkd.products import cast, compute_dtype
-from entkd.runtime import to_device
 from entkd.sparse import SparseTarget
-
-Teacher = Tensor | SparseTarget
-"""The teacher's distributions, in one of the forms that a store keeps them in."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass: tokens, and what the teacher and the components say of them."""
-
-    batch: Batch
-    teacher_NE: Teacher | Callable[[], Teacher] | None = None
-    """Last hidden state of the teacher, or its log-probabilities, or sparse targets, or what reads them; None where no
-    divergence is trained."""
-    weight_N: Tensor | None = None
-    """Curriculum weights, normalised over the global batch; None is 1."""
-    temperature_N: Tensor | None = None
-    """Temperatures; None is 1."""
-    hard_H: Tensor | None = None
-    """Indices into N of the tokens with a feature loss; None where there is none."""
-    teacher_features: tuple[Tensor, ...] = ()
-    """(H, E) hidden states of the teacher, one for each layer pair."""
-    factors: Factors | None = None
-    """What an approach that looks at the global batch says of these tokens; None where it looks at them alone."""
-
-    def teacher(self) -> Teacher | None:
-        """What ``teacher_NE`` is or reads."""
-        return self.teacher_NE() if callable(self.teacher_NE) else self.teacher_NE
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device, with the teacher's signals read. On a CPU they may be in a buffer that the next
-        micro-batch reads into."""
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else to_device(tensor, device)
-
-        return MicroBatch(
-            self.batch.to(device),
-            teacher.to(device) if isinstance(teacher := self.teacher(), SparseTarget) else moved(teacher),
-            moved(self.weight_N),
-            moved(self.temperature_N),
-            moved(self.hard_H),
-            tuple(to_device(tensor, device) for tensor in self.teacher_features),
-            self.factors,  # made on the device
-        )
 
 
 def student_layers(settings: Features, n_layers: int) -> tuple[int, ...]:
@@ -158,7 +112,7 @@ class Objective(nn.Module):
             assert teacher is not None
             # Sparse targets are at T = 1, and `TeacherTargets` has refused methods of other temperatures.
             sparse = teacher if isinstance(teacher, SparseTarget) else None
-            weight_N, temperature_N = self._weights_and_temperatures(micro, hidden_ND, teacher, positions, selected)
+            factors = self._factors(micro, hidden_ND, teacher, positions, selected)
             name, settings = method.divergence.name, method.divergence.parameters()
             if method.approach is not None:
                 name, settings = method.approach.divergence(name, settings)
@@ -175,8 +129,9 @@ class Objective(nn.Module):
                 settings=settings,
                 divergence_weight=method.divergence.weight / max(1, positions),
                 cross_entropy_weight=(method.ce.weight if method.ce is not None else 1.0) / max(1, positions),
-                temperature_N=temperature_N if sparse is None else None,
-                weight_N=weight_N,
+                temperature_N=factors.temperature_N if sparse is None else None,
+                weight_N=factors.weight_N,
+                distance_slope_N=factors.distance_slope_N,
                 teacher_share=None if self.approach is None else self.approach.teacher_share(),
                 temperature_gradient="temperature_gradient" in asked,
                 t2=method.temperature.t2 if method.temperature is not None else "per_token",
@@ -198,29 +153,49 @@ class Objective(nn.Module):
             loss = loss + method.features.weight * terms["features"]
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
-    def _weights_and_temperatures(
+    def _factors(
         self, micro: MicroBatch, hidden_ND: Tensor, teacher: Teacher, positions: int, selected: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of the components, and of the approach on top of them."""
-        weight_N, temperature_N = micro.weight_N, micro.temperature_N
+    ) -> Factors:
+        """Weights and temperatures of the components, and of the approach on top of them."""
         if self.approach is None:
-            return weight_N, temperature_N
+            return Factors(micro.weight_N, micro.temperature_N)
         factors = micro.factors
         if factors is None and self.approach.settings.statistics:
             found, documents = self.statistics_of(hidden_ND, teacher), document_of_tokens(micro.batch)
-            (factors,) = factors_of_batches(self.approach, [found], [documents], positions, selected, self.vocab_size)
+            looked_at = self.approach, [found], [documents], positions, selected, self.vocab_size
+            (factors,) = factors_of_batches(*looked_at)
+            if self.approach.settings.moves_temperature:
+                slope_N = self._temperature_slope(hidden_ND, teacher, micro.weight_N, factors)
+                factors = replace(factors, distance_slope_N=distance_slopes(*looked_at, [slope_N])[0])
+        factors = factors or Factors()
+        temperature_N = micro.temperature_N
         common = self.approach.temperature()
         if common is not None:
             temperature_N = common.to(compute_dtype(hidden_ND)).expand(len(hidden_ND))
-        if factors is not None:
-            weight_N = combine(weight_N, factors.weight_N)
-            temperature_N = factors.temperature_N if temperature_N is None else temperature_N
-        return weight_N, temperature_N
+        if temperature_N is None:
+            temperature_N = factors.temperature_N
+        return Factors(combine(micro.weight_N, factors.weight_N), temperature_N, factors.distance_slope_N)
+
+    def _temperature_slope(
+        self, hidden_ND: Tensor, teacher: Teacher, weight_N: Tensor | None, factors: Factors
+    ) -> Tensor:
+        """w_i d[T_i² D_i]/dT_i of these tokens, with w the product of both weights."""
+        found = self.statistics_of(hidden_ND, teacher, ("temperature_slope",), factors.temperature_N)
+        slope_N = found["temperature_slope"]
+        weight_N = combine(weight_N, factors.weight_N)
+        return slope_N if weight_N is None else (slope_N * weight_N).masked_fill(weight_N == 0, 0)
 
     @torch.no_grad()
-    def statistics_of(self, hidden_ND: Tensor, teacher: Teacher) -> dict[str, Tensor]:
-        """What the approach reads of these tokens' outputs, (N,) each, without gradient."""
+    def statistics_of(
+        self,
+        hidden_ND: Tensor,
+        teacher: Teacher,
+        wants: tuple[str, ...] | None = None,
+        temperature_N: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """What the approach reads of these tokens' outputs, or what ``wants`` names, (N,) each, without gradient."""
         assert self.approach is not None
+        assert self.method.divergence is not None
         settings, device = self.approach.settings, hidden_ND.device.type
         weight_VD = output_weight(self.student).detach()
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
@@ -232,17 +207,22 @@ class Objective(nn.Module):
                 weight_VD,
                 dense,
                 None if dense is None else self.teacher_head_UE,
-                wants=settings.statistics,
+                wants=wants or settings.statistics,
+                divergence=self.method.divergence.name,
+                temperature_N=temperature_N,
                 entropy_temperature=settings.entropy_temperature,
                 vocab_size=self.vocab_size,
             )
 
     @torch.no_grad()
-    def scan(self, micro: MicroBatch) -> dict[str, Tensor]:
-        """`statistics_of` a micro-batch, by a forward pass of its own."""
+    def scan(self, micro: MicroBatch, factors: Factors | None = None) -> dict[str, Tensor]:
+        """`statistics_of` a micro-batch, by a forward pass of its own; or, with its factors, the ``temperature_slope``
+        of the weighted loss."""
         teacher = micro.teacher()
         assert teacher is not None
         hidden_ND, _ = packed_states(self.student, micro.batch)
+        if factors is not None:
+            return {"temperature_slope": self._temperature_slope(hidden_ND, teacher, micro.weight_N, factors)}
         return self.statistics_of(hidden_ND, teacher)
 
     def _features(self, captured: dict[int, Tensor], micro: MicroBatch, hard: int) -> Tensor:

@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 
 from entkd.config import Method, Training
-from entkd.distill.approach import document_of_tokens, factors_of_batches
+from entkd.distill.approach import distance_slopes, document_of_tokens, factors_of_batches
 from entkd.distill.distributed import World
-from entkd.distill.objective import MicroBatch, Objective
+from entkd.distill.micro_batch import MicroBatch
+from entkd.distill.objective import Objective
+from entkd.methods.base import Factors
 from entkd.runtime import to_device
 
 
@@ -33,7 +35,8 @@ def scanned(method: Method, training: Training, tokens: int, positions: int) -> 
     if method.approach is None or not method.approach.statistics:
         return 0, 0
     whole = method.approach.scope == "batch" and training.blocks_per_step > training.micro_blocks
-    return (tokens if whole else 0), positions
+    looks = 2 if method.approach.moves_temperature else 1
+    return (looks * tokens if whole else 0), looks * positions
 
 
 @torch.no_grad()
@@ -49,25 +52,29 @@ def with_factors(
     """The micro-batches of a step with their factors; of other processes' ones too, which nobody reads."""
     approach = objective.approach
     assert approach is not None
-    names = approach.settings.statistics
     sizes = [len(micro.batch.tokens_N) for micro in micro_batches]
-    found = {name: torch.zeros(sum(sizes), device=device) for name in names}
-    parts = {name: value_G.split(sizes) for name, value_G in found.items()}
+
+    def look(names: tuple[str, ...], factors: list[Factors] | None) -> list[dict[str, torch.Tensor]]:
+        """What every token's outputs say, of each micro-batch, put together from all processes."""
+        found = {name: torch.zeros(sum(sizes), device=device) for name in names}
+        parts = {name: value_G.split(sizes) for name, value_G in found.items()}
+        for index in range(world.rank, len(micro_batches), world.size):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                own = objective.scan(micro_batches[index].to(device), None if factors is None else factors[index])
+            for name in names:
+                parts[name][index].copy_(own[name])
+        parts = {name: value_G.split(sizes) for name, value_G in world.sum(found).items()}  # others' are 0 here
+        return [{name: parts[name][index] for name in names} for index in range(len(sizes))]
+
     training = objective.student.training
     objective.student.eval()  # dropout would give the tokens other outputs than the ones that are trained
-    for index in range(world.rank, len(micro_batches), world.size):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            own = objective.scan(micro_batches[index].to(device))
-        for name in names:
-            parts[name][index].copy_(own[name])
+    found = look(approach.settings.statistics, None)
+    documents = [to_device(document_of_tokens(micro.batch), device) for micro in micro_batches]
+    looked_at = approach, found, documents, positions, selected, objective.vocab_size
+    factors = factors_of_batches(*looked_at)
+    if approach.settings.moves_temperature:
+        slopes = [each["temperature_slope"] for each in look(("temperature_slope",), factors)]
+        by_distance = distance_slopes(*looked_at, slopes)
+        factors = [replace(own, distance_slope_N=slope_N) for own, slope_N in zip(factors, by_distance, strict=True)]
     objective.student.train(training)
-    parts = {name: value_G.split(sizes) for name, value_G in world.sum(found).items()}  # others' tokens are 0 here
-    factors = factors_of_batches(
-        approach,
-        [{name: parts[name][index] for name in names} for index in range(len(sizes))],
-        [to_device(document_of_tokens(micro.batch), device) for micro in micro_batches],
-        positions,
-        selected,
-        objective.vocab_size,
-    )
     return [replace(micro, factors=own) for micro, own in zip(micro_batches, factors, strict=True)]

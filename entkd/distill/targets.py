@@ -25,7 +25,7 @@ from entkd.config.signals import lacking_distribution
 from entkd.data import Corpus
 from entkd.data.packing import Batch
 from entkd.difficulty import training_difficulty
-from entkd.distill.objective import MicroBatch
+from entkd.distill.micro_batch import MicroBatch
 from entkd.errors import UserError
 from entkd.features import select_tokens
 from entkd.signals import SignalStore

@@ -14,8 +14,11 @@ over the kept tokens, and the token's divergence is multiplied by τ².
 
 Where paper and released code differ: the code bounds r below by 0.1 and the paper does not (``least``). Both take N, k
 and the median over the tokens that one process has in one forward pass; here they are those of the global batch of a
-step, so that neither accumulation nor the number of devices changes the loss. The code lets gradients flow through τ;
-the paper detaches it, and so does this.
+step, so that neither accumulation nor the number of devices changes the loss. The paper detaches τ, and so does
+``detach: true``. The code lets gradients flow through it, as ``detach: false`` does: with x_i = log(s_i / s_m), m the
+token of the median, the loss then also has the gradient
+
+    Σ_i w_i d[τ_i² D_i]/dτ_i · (-c) τ_i (1 - tanh² x_i) · (d log s_i - d log s_m)
 """
 
 from __future__ import annotations
@@ -69,6 +72,8 @@ class AdaKD(Approach):
     """LATF."""
     tempering: Tempering = Tempering()
     """IDTS."""
+    detach: bool = True
+    """Whether temperatures are constants of a step, as in the paper; gradients flow through them in the release."""
     version: Literal[1] = 1
     """Version of the formula."""
 
@@ -90,7 +95,21 @@ class AdaKD(Approach):
     def scope(self) -> Literal["micro", "batch"]:
         return "batch"
 
+    @property
+    def moves_temperature(self) -> bool:
+        return self.tempers and not self.detach
+
     def problems(self, method: Method) -> Iterator[Problem]:
+        if (
+            self.moves_temperature
+            and method.divergence is not None
+            and method.divergence.name not in ("forward_kl", "reverse_kl")
+        ):
+            yield (
+                "divergence",
+                "adakd's detach: false needs the derivative by the temperature, known of forward_kl and reverse_kl and "
+                f"not of {method.divergence.name}; use one of them, or detach: true",
+            )
         if self.tempers and method.temperature is not None:
             yield "temperature", "adakd's tempering sets each token's temperature itself; remove one of the two"
 

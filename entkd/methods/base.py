@@ -55,6 +55,8 @@ class Factors:
     fewer tokens has larger weights."""
     temperature_N: Tensor | None = None
     """Softmax temperature."""
+    distance_slope_N: Tensor | None = None
+    """dL/ds of the token's Hellinger distance s, times the denominator of L; set where `Approach.moves_temperature`."""
 
 
 class Approach(Settings):
@@ -88,6 +90,12 @@ class Approach(Settings):
     def scope(self) -> Literal["micro", "batch"]:
         """Whether `factors` may see micro-batches one by one (documents are never cut), or needs the global batch."""
         return "micro"
+
+    @property
+    def moves_temperature(self) -> bool:
+        """Whether gradients flow through the temperatures of `factors` into ``hellinger``, their statistic. The
+        divergence must then be one of the two KLs, and the tokens are projected a third time."""
+        return False
 
     def problems(self, method: Method) -> Iterator[Problem]:
         """What of the method does not fit together with this approach."""

@@ -21,7 +21,7 @@ from entkd.components import token_plan
 from entkd.data import Corpus
 from entkd.data.packing import Batch, Block
 from entkd.distill.distributed import World
-from entkd.distill.objective import MicroBatch
+from entkd.distill.micro_batch import MicroBatch
 from entkd.distill.source import Source
 from entkd.distill.targets import Step, TeacherTargets
 from entkd.errors import UserError

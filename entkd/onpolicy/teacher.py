@@ -17,7 +17,7 @@ from torch import Tensor
 from entkd.config import Method, Signals
 from entkd.data.packing import Batch
 from entkd.distill.flops import trunk_flops_per_token
-from entkd.distill.objective import Teacher
+from entkd.distill.micro_batch import Teacher
 from entkd.distill.targets import TeacherTargets, contains_reverse_kl
 from entkd.errors import UserError
 from entkd.signals import SignalStore

@@ -20,7 +20,8 @@ from entkd.config import Method
 from entkd.data.packing import Batch
 from entkd.distill import objective as module
 from entkd.distill.approach import response_lengths
-from entkd.distill.objective import MicroBatch, Objective
+from entkd.distill.micro_batch import MicroBatch
+from entkd.distill.objective import Objective
 from entkd.entropy import Difficulty, token_entropy
 
 LENGTHS, V = (7, 12, 5), 11
@@ -136,6 +137,19 @@ CASES = {
         {"name": "adakd"},
         "AdaKD 2510.11615 eq. 2-10, release",
         lambda s, t, f: ref.adakd_loss(s, t, 0.62, "reverse_kl", frozen=f),
+        {"share": 0.62},
+        "reverse_kl",
+    ),
+    "adakd_release": Case(
+        {"name": "adakd", "detach": False},
+        "AdaKD 2510.11615 eq. 2-10, release's gradient through the temperatures",
+        lambda s, t, f: ref.adakd_loss(s, t, 0.62, "forward_kl"),
+        {"share": 0.62},
+    ),
+    "adakd_release_reverse": Case(
+        {"name": "adakd", "detach": False},
+        "AdaKD 2510.11615 eq. 2-10, release's gradient through the temperatures",
+        lambda s, t, f: ref.adakd_loss(s, t, 0.62, "reverse_kl"),
         {"share": 0.62},
         "reverse_kl",
     ),

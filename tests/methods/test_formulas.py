@@ -13,7 +13,7 @@ from references import schedules
 from entkd.config import Method
 from entkd.data.packing import Batch
 from entkd.distill.approach import ApproachState
-from entkd.distill.objective import MicroBatch
+from entkd.distill.micro_batch import MicroBatch
 from entkd.methods import APPROACHES
 from entkd.methods.adakd import AdaKD
 from entkd.methods.base import Tokens
@@ -25,6 +25,8 @@ from methods.cases import CASES, LENGTHS, V, by_document, errors, logits, ours
 
 GOLDEN: dict[tuple[str, int], float] = {
     ("adakd", 1): 0.6061627576732446,
+    ("adakd_release", 1): 0.4480741659493527,
+    ("adakd_release_reverse", 1): 0.6061627576732446,
     ("adakd_latf", 1): 0.6259427330887887,
     ("adakd_idts", 1): 0.3053291482875298,
     ("sekd", 1): 0.35250177093618,
@@ -92,6 +94,17 @@ def test_idts_lowers_the_temperature_of_distant_tokens() -> None:
     assert found.min() >= math.exp(-0.5)
     assert found.max() <= math.exp(0.5)
     np.testing.assert_allclose(found, ref.adakd_temperatures(distances), rtol=1e-12)
+
+
+def test_the_released_gradient_through_the_temperatures_is_another_one() -> None:
+    """Of the same loss: otherwise the option would do nothing, and the references could not tell it apart."""
+    student, teacher = logits(0)
+    state = {"share": 0.62}
+    (held, held_gradient, _), (moved, moved_gradient, _) = (
+        ours(student, teacher, {"name": "adakd", "detach": detach}, state) for detach in (True, False)
+    )
+    assert moved == held
+    assert np.abs(moved_gradient - held_gradient).max() > 0.01 * np.abs(held_gradient).max()
 
 
 def test_idts_of_equal_models_is_one() -> None:
@@ -210,7 +223,7 @@ def test_the_temperature_is_not_rounded_to_the_precision_of_the_student() -> Non
     _, _, objective = ours(*logits(0), "ctkd", {"theta": -1.2})
     hidden_ND = torch.zeros(3, V, dtype=torch.bfloat16)
     batch = Batch(*(torch.zeros(1, 3, dtype=torch.long) for _ in range(2)), *(torch.arange(3) for _ in range(3)))
-    _, temperature_N = objective._weights_and_temperatures(MicroBatch(batch), hidden_ND, hidden_ND, 3, 3)
+    temperature_N = objective._factors(MicroBatch(batch), hidden_ND, hidden_ND, 3, 3).temperature_N
     assert temperature_N.tolist() == pytest.approx([ref.ctkd_temperature(-1.2)] * 3, rel=1e-6)
 
 
@@ -239,6 +252,10 @@ def test_the_reversal_rises_along_half_a_cosine() -> None:
     ("method", "message"),
     [
         ({"approach": "adakd", "temperature": {}}, "temperature: adakd's tempering sets each token's temperature"),
+        (
+            {"approach": {"name": "adakd", "detach": False}, "divergence": "jsd"},
+            "divergence: adakd's detach: false needs the derivative by the temperature",
+        ),
         ({"approach": "ctkd", "temperature": {}}, "temperature: ctkd learns one temperature"),
         ({"approach": "ctkd", "divergence": "jsd"}, "divergence: ctkd differentiates the two KLs"),
         ({"approach": "bdkd", "divergence": "jsd"}, "divergence: bdkd is a divergence of its own, not jsd"),

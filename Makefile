@@ -67,6 +67,7 @@ bench: $(BENCH)
 	python -m benchmarks.head
 	python -m benchmarks.scaling
 	python -m benchmarks.generate
+	python -m benchmarks.startup
 	python -m benchmarks.arms
 	python -m benchmarks.pages
 

@@ -61,7 +61,7 @@ def main() -> None:
     tables = {name: (bench / f"{name}.md", None) for name in ("step", "head")}
     tables |= {
         name: (bench / f"{name}.csv", table_of)
-        for name in ("profile", "scaling_head", "scaling_step", "generate", "arms")
+        for name in ("profile", "scaling_head", "scaling_step", "generate", "startup", "arms")
     }
     for name, (path, read) in tables.items():
         if path.is_file():

@@ -27,7 +27,7 @@ def test_a_table_takes_the_place_of_the_one_before() -> None:
 
 def test_the_page_has_a_place_for_every_table_and_figure() -> None:
     page = pages.PAGE.read_text(encoding="utf-8")
-    for name in ("step", "head", "scaling_head", "scaling_step", "generate", "arms"):
+    for name in ("step", "head", "profile", "scaling_head", "scaling_step", "generate", "startup", "arms"):
         pages.fill(page, name, "x")
     for figure in re.findall(r"\]\(images/(.*?)\)", page):
         assert (ROOT / "docs/images" / figure).is_file(), figure

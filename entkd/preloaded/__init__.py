@@ -36,8 +36,15 @@ def start() -> None:
         return
     # The pipe is how it learns that this process has ended, however it did. A session of its own keeps Ctrl-C away from
     # the jobs: the commands pass it on.
-    command = [sys.executable, "-m", "entkd.preloaded.server", str(address)]
     _processes.append(
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "entkd.preloaded.server", str(address)],
+            env=dict(
+                os.environ
+            ),  # without what libraries have set behind Python's back, which jobs are not given either
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     )
     os.environ[VARIABLE] = str(address)

@@ -101,9 +101,11 @@ def test_figures_are_written_in_three_formats(finished: Path) -> None:
     assert written == sorted(f"{name}.{ending}" for name in names for ending in ("pdf", "png", "svg"))
 
 
-def test_second_call_does_nothing_and_a_new_arm_trains_only_itself(finished: Path) -> None:
-    assert "Nothing to be done" in run(finished)
-    path = finished / "config/config.yaml"
+def test_second_call_does_nothing_and_a_new_arm_trains_only_itself(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder, symlinks=True)
+    assert "Nothing to be done" in run(folder)
+    path = folder / "config/config.yaml"
     experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
     experiment["arms"]["jsd"] = {"divergence": {"name": "jsd", "beta": 0.3}}
     # a control that asks the untrained student, from which each of its runs starts
@@ -111,9 +113,9 @@ def test_second_call_does_nothing_and_a_new_arm_trains_only_itself(finished: Pat
         "role": "control", "curriculum": {}, "temperature": {}, "difficulty": {"source": "initial_kl"}
     }  # fmt: skip
     path.write_text(yaml.safe_dump(experiment, sort_keys=False), encoding="utf-8")
-    printed = run(finished)
+    printed = run(folder)
     assert printed.count("rule distill:") == printed.count("rule score:") == 4  # two arms, two seeds
-    table = pd.read_csv(finished / "results/tiny/ablation_table.csv")
+    table = pd.read_csv(folder / "results/tiny/ablation_table.csv")
     assert {"jsd", "initial_kl"} < set(table["arm"])
-    log = (finished / "results/tiny/logs/distill.initial_kl.seed0.log").read_text(encoding="utf-8")
+    log = (folder / "results/tiny/logs/distill.initial_kl.seed0.log").read_text(encoding="utf-8")
     assert "difficulty by initial_kl" in log

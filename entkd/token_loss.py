@@ -84,8 +84,9 @@ class TokenLoss:
         entropy_R = None if self.token_weight is None else entropy(student_RV)
         target_entropy_R = slope_R1 = distance_gradient_RV = None
         if moves_distance and self.distance_slope_N is not None:  # before the divergence overwrites the logits
-            distance_gradient_RV = hellinger.gradient(student_RV, teacher_RV)
-            distance_gradient_RV.mul_(gradient_factor * _column(self.distance_slope_N, rows, dtype))
+            distance_slope_R1 = _column(self.distance_slope_N, rows, dtype)
+            distance_gradient_RV = hellinger.gradient(student_RV, teacher_RV).mul_(gradient_factor * distance_slope_R1)
+            distance_gradient_RV.masked_fill_(distance_slope_R1 == 0, 0)  # even where there is NaN
         if self.teacher_share is not None:
             share = self.teacher_share.to(dtype)
             teacher_RV.mul_(share).add_(student_RV * (1 - share))

@@ -223,3 +223,15 @@ def test_jobs_of_snakemake_are_taken(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert (tmp_path / "out").read_text(encoding="utf-8") == f"{__version__}\n0\n"
+
+
+def test_a_job_that_ends_while_its_command_is_killed_ends_no_other(tmp_path: Path) -> None:
+    """Both are told of at once; whichever is seen first, the other is about a job that is not there any more."""
+    (tmp_path / "own").mkdir()
+    source = (
+        "import sys; from pathlib import Path; from entkd.preloaded.server import Server\n"
+        "Server(Path(sys.argv[1]))._pass_on(2**22 + 1)"
+    )
+    command = [sys.executable, "-c", source, str(tmp_path / "own/socket")]
+    done = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

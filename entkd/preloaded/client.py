@@ -48,7 +48,8 @@ def run(address: str, arguments: Sequence[str]) -> int | None:
                 connection.send(bytes([number]))
 
         for number in PASSED_ON:
-            signal.signal(number, pass_on)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, pass_on)
         status = _receive(connection, 4)
     if len(status) < 4:
         print("error: the process that jobs are forked from has ended, and this job with it", file=sys.stderr)

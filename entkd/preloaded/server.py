@@ -150,7 +150,9 @@ class Server:
 
     def _pass_on(self, process: int) -> None:
         """Signals of the command to its job. A command that is gone takes its job with it."""
-        connection = self.waiting[process]
+        connection = self.waiting.get(process)
+        if connection is None:  # it has ended, and was seen to in the same round
+            return
         try:
             signals = connection.recv(64)
         except OSError:

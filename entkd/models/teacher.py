@@ -24,6 +24,7 @@ from entkd.models.access import (
     save_model,
     vocab_rows,
 )
+from entkd.models.gguf_file import load_gguf
 
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -41,7 +42,7 @@ def prepare_teacher(settings: Teacher, output: str | Path) -> None:
     origin: dict[str, str | None]
     if settings.source == "bundled":
         path = bundled_gguf()
-        model, tokenizer = _load_gguf(path)
+        model, tokenizer = load_gguf(path)
         origin = {"package": f"{BUNDLED_PACKAGE} {metadata.version(BUNDLED_PACKAGE)}", "file_sha256": BUNDLED_SHA256}
     elif settings.source == "local":
         folder = model_folder(settings.path or "")
@@ -83,20 +84,6 @@ def bundled_gguf() -> Path:
             f"{paths[0]}: sha256 is {found}, not {BUNDLED_SHA256}; damaged or another version, re{INSTALL_BUNDLED}"
         )
     return paths[0]
-
-
-def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The de-quantised fp32 model and the tokenizer of a GGUF file."""
-    loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    config = loaded.config
-    # Transformers marks the model as quantised although its weights are fp32 now, and save_pretrained refuses
-    # it; a model built from the cleaned configuration is an ordinary one.
-    del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.config.use_cache = False
-    model.eval()
-    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def load_hub(

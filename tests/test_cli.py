@@ -27,7 +27,7 @@ def test_every_rule_calls_a_stage_with_arguments_it_knows() -> None:
         for block in re.findall(r"shell:\n((?:\s+f?\".*\"\n?)+)", rules.read_text()):
             text = "".join(re.findall(r'"(.*)"', block)).partition(" > ")[0]
             words = re.sub(
-                r"\{(wildcards\.seed|params\.seed|THREADS|SAVE_MINUTES|LOG_EVERY|SCORING_GIB)\}", "1", text
+                r"\{(wildcards\.seed|params\.seed|THREADS|SAVE_MINUTES|LOG_EVERY|SCORING_GIB|threads)\}", "1", text
             ).split()
             stage = vars(cli.parser().parse_args(words[1:]))["stage"]
             assert words[0] == "entkd"

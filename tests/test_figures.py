@@ -168,6 +168,18 @@ def test_all_figures_in_all_formats(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert needed == ["effects.csv", "curves.csv", "the signals' entropy.csv", "runs.csv"]
 
 
+def test_two_at_a_time_draw_the_same(tmp_path: Path) -> None:
+    parts = study_of(3, 1, 1)
+    paths = write(parts, tmp_path)
+    for threads in (1, 2):
+        make_figures(parts["settings"], **paths, output=tmp_path / str(threads), threads=threads)
+    drawn = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("1", "2")]
+    assert drawn[0] == drawn[1]
+    paths["curves"].write_text("seed,step\n0,1\n", encoding="utf-8")
+    with pytest.raises(KeyError, match="arm"):  # an error in a process of its own is one here
+        make_figures(parts["settings"], **paths, output=tmp_path / "bad", threads=2)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}-arms")
 def test_no_text_is_clipped_and_no_tick_labels_touch(size: tuple[int, int, int], name: str) -> None:

@@ -176,7 +176,8 @@ def _figures(args: argparse.Namespace) -> None:
     from entkd.figures import make_figures
 
     optional = (args.effects, args.runs, args.curves, args.entropy)
-    make_figures(json.loads(args.settings), args.scores, args.table, *optional, args.output, tuning=args.tuning)
+    inputs = (json.loads(args.settings), args.scores, args.table, *optional)
+    make_figures(*inputs, args.output, tuning=args.tuning, threads=args.threads)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -263,7 +264,7 @@ STAGES: dict[str, Stage] = {
     "figures": (
         _figures,
         "the figures, from the collected files alone",
-        "--settings --scores --table --effects? --runs? --curves? --entropy? --tuning? --output",
+        "--settings --scores --table --effects? --runs? --curves? --entropy? --tuning? --output --threads",
     ),
     "check": (_check, "say what an experiment consists of, or what is wrong with it", "experiment"),
     "config-docs": (_config_docs, "write schema.json and README.md of the settings", "--output"),

@@ -45,7 +45,7 @@ HELP: dict[str, tuple[type | Callable[[str], Any], str]] = {
 DEFAULTS: dict[str, tuple[Any, str]] = {
     "--sample": (16, "number of documents to recompute"),
     "--save-minutes": (5.0, "minutes between two resume checkpoints"),
-    "--threads": (1, "CPU threads to time with"),
+    "--threads": (1, "CPU threads to use"),
     "--log-every": (10, "steps between two looks at the loss on the device"),
     "--memory-gib": (2.0, "memory from which the batch size follows"),
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
 from entkd.config.jobs import with_choices
 from entkd.figures.cost import draw_cost
@@ -31,6 +34,7 @@ def make_figures(
     entropy: Path | None,
     output: Path,
     tuning: Path | None = None,
+    threads: int = 1,
 ) -> None:
     """Draw what the given tables allow, as pdf, svg and png in ``output``; print what is skipped and why.
 
@@ -47,6 +51,8 @@ def make_figures(
         Folder of the figures.
     tuning
         The trials of tuned arms: the entropy figure then draws what was chosen.
+    threads
+        How many figures are drawn at a time, each in a process of its own where it is more than one.
 
     Raises
     ------
@@ -57,25 +63,41 @@ def make_figures(
         settings = with_choices(dict(settings), chosen_points(pd.read_csv(tuning, dtype={"arm": str})))
     study = Study(settings, pd.read_csv(scores), pd.read_csv(table))
     costs = None if runs is None else pd.read_csv(runs)
+    drawn: list[_Drawn] = [("forest", draw_forest, (study,)), ("tasks", draw_tasks, (study,))]
+    if effects is not None:
+        drawn.append(("effects", draw_effects, (study, pd.read_csv(effects))))
+    else:
+        _say_skipped("effects", "effects.csv")
+    if curves is not None:
+        drawn.append(("curves", draw_curves, (study, pd.read_csv(curves), costs)))
+    else:
+        _say_skipped("curves", "curves.csv")
+    if entropy is not None:
+        drawn.append(("entropy", draw_entropy, (study, pd.read_csv(entropy), settings.get("method") or {})))
+    else:
+        _say_skipped("entropy", "the signals' entropy.csv")
+    if costs is not None:
+        drawn.append(("cost", draw_cost, (study, costs)))
+    else:
+        _say_skipped("cost", "runs.csv")
+    if threads == 1:
+        for one in drawn:
+            _draw(output, *one)
+        return
+    # Matplotlib holds Python's lock while it draws. A fork has imported it, which takes as long as two figures.
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with ProcessPoolExecutor(min(threads, len(drawn)), context) as pool:
+        for future in [pool.submit(_draw, output, *one) for one in drawn]:
+            future.result()
+
+
+_Drawn = tuple[str, Callable[..., Figure], tuple[Any, ...]]
+"""A figure's name, the function that draws it, and what that takes."""
+
+
+def _draw(output: Path, name: str, function: Callable[..., Figure], arguments: tuple[Any, ...]) -> None:
     with matplotlib.rc_context(fname=STYLE):
-        save(draw_forest(study), output, "forest")
-        save(draw_tasks(study), output, "tasks")
-        if effects is not None:
-            save(draw_effects(study, pd.read_csv(effects)), output, "effects")
-        else:
-            _say_skipped("effects", "effects.csv")
-        if curves is not None:
-            save(draw_curves(study, pd.read_csv(curves), costs), output, "curves")
-        else:
-            _say_skipped("curves", "curves.csv")
-        if entropy is not None:
-            save(draw_entropy(study, pd.read_csv(entropy), settings.get("method") or {}), output, "entropy")
-        else:
-            _say_skipped("entropy", "the signals' entropy.csv")
-        if costs is not None:
-            save(draw_cost(study, costs), output, "cost")
-        else:
-            _say_skipped("cost", "runs.csv")
+        save(function(*arguments), output, name)
 
 
 def _say_skipped(figure: str, needs: str) -> None:

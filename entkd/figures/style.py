@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -194,8 +195,13 @@ def few_ticks(ax: Axes) -> None:
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write ``name``.pdf, .svg and .png. The same figure gives the same bytes: no dates, fixed ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the layout is the slow part and is the same for the three formats
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(folder / f"{name}.png")
+    layout = figure.get_layout_engine()
+    if layout is not None:
+        layout.execute(figure)
+    # The layout is slow and is the same for the three formats. While a figure has an engine, be it "none", savefig
+    # draws it once more to ask that. None is no engine, but only where the style asks for none: savefig sets it again.
+    with matplotlib.rc_context({"figure.constrained_layout.use": False, "figure.autolayout": False}):
+        figure.set_layout_engine(None)
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png")

@@ -54,6 +54,7 @@ rule figures:
         expand("<results>/figures/{name}.{format}", name=figures(), format=["pdf", "png"]),
     log:
         "<logs>/figures.log",
+    threads: ALL_CORES
     resources:
         mem_mb=MEMORY_MB,
     params:
@@ -62,4 +63,4 @@ rule figures:
     shell:
         "entkd figures --settings {params.settings:q} --scores {input.scores:q} --table {input.table:q}"
         " --effects {input.effects:q} --runs {input.runs:q} --curves {input.curves:q} --entropy {input.entropy:q}"
-        " --tuning {input.tuning:q} --output {params.folder:q} > {log:q} 2>&1"
+        " --tuning {input.tuning:q} --output {params.folder:q} --threads {threads} > {log:q} 2>&1"

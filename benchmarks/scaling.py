@@ -28,7 +28,7 @@ from entkd.distill.micro_batch import MicroBatch
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.figures.style import BLACK, BLUE, GREY, STYLE, TEXT_WIDTH, save
-from entkd.models import gather_embedding_gradient, load_model
+from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model
 
 WIDTH = 576
 TOKENS = (128, 512, 1024, 2048, 4096)
@@ -73,6 +73,7 @@ def step_row(inputs: Inputs, length: int, rounds: int) -> dict[str, object]:
     head_UE = teacher.get_output_embeddings().weight.detach().bfloat16()
     vocabulary, width = head_UE.shape
     gather_embedding_gradient(student)
+    keep_rounded_weights(student)
     objective = Objective(student, Method.model_validate({"divergence": "forward_kl"}), vocabulary, head_UE)
     training = Training(steps=1)
     optimizer = build_optimizer(student, None, training, None)
@@ -90,7 +91,7 @@ def step_row(inputs: Inputs, length: int, rounds: int) -> dict[str, object]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses = objective(micro, positions, 0)
         losses["loss"].backward()
-        clip_gradients(student, None, training.clip)
+        clip_gradients(student, None, training.clip, optimizer)
         optimizer.step()
 
     layers = linear_layers(student, STEP_TOKENS, positions)

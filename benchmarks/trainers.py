@@ -23,7 +23,7 @@ from entkd.data.packing import collate
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.distill.targets import TeacherTargets
-from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
+from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model, load_tokenizer
 from entkd.signals.files import write_tensors
 from entkd.signals.teacher_pass import TeacherPass
 
@@ -47,7 +47,7 @@ class Trainer(ABC):
         """Forward, backward, clipping, optimizer."""
         self.optimizer.zero_grad(set_to_none=True)
         self.backward(number)
-        clip_gradients(self.student, None, TRAINING.clip)
+        clip_gradients(self.student, None, TRAINING.clip, self.optimizer)
         self.optimizer.step()
 
     def loss_and_norm(self, number: int) -> tuple[float, float]:
@@ -71,6 +71,8 @@ class Entkd(Trainer):
         method = Method.model_validate({"divergence": "forward_kl"})
         self.targets = TeacherTargets(method, inputs.signals[mode], steps.data, steps.corpus, 0)
         gather_embedding_gradient(self.student)
+        if dtype == torch.bfloat16:
+            keep_rounded_weights(self.student)
         self.objective = Objective(self.student, method, steps.vocab_size, self.targets.head_UE)
 
     def backward(self, number: int) -> Tensor:

@@ -172,6 +172,9 @@ def linear_distillation(
     alone = labels_N is None and distance_slope_N is None
     if weight_N is not None and alone and weight_N.device.type == "cpu":
         kept_K = weight_N.detach().nonzero().squeeze(-1)
+    if kept_K is not None and len(kept_K) == len(given):
+        kept_K = None  # stored log-probabilities are as large as logits: they are not copied for nothing
+    if kept_K is not None and weight_N is not None:
         student_hidden_ND, weight_N = student_hidden_ND[kept_K], weight_N.detach()[kept_K]
         temperature_N = None if temperature_N is None else temperature_N[kept_K]
         teacher_hidden_NE = None if teacher_hidden_NE is None else teacher_hidden_NE[kept_K]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from entkd.products import RowsOf, add_weight_gradient, cast, compute_dtype, hidden_gradient, projection
+from entkd.rounded import copy_of, rounded
 from entkd.workspace import buffer, recycled
 
 TileLoss = Callable[[Tensor, Tensor, slice, Tensor | None], tuple[Tensor, Tensor]]
@@ -84,7 +85,7 @@ class _TiledLoss(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             product_dtype = torch.bfloat16 if low_precision else dtype
             used_ND = hidden_ND.to(product_dtype)
-            used_VD = cast(weight_VD[:vocab_size], product_dtype, "weight of products")
+            used_VD = _operand(weight_VD, product_dtype)[:vocab_size]
             logits = projection(used_ND, used_VD, "logits", rounded)
             hidden_grad_ND = torch.zeros(hidden_ND.shape, dtype=dtype, device=device) if wants[0] else None
             weight_grad_VD = recycled(weight_VD.shape, dtype, device) if wants[1] else None
@@ -132,6 +133,13 @@ class _TiledLoss(torch.autograd.Function):
         )
         gradients.clear()
         return hidden_grad_ND, weight_grad_VD, *(None,) * 7
+
+
+def _operand(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight as the products take it: a copy that is kept where one is, else in a buffer."""
+    if dtype == torch.bfloat16 and copy_of(weight_VD) is not None:
+        return rounded(weight_VD)
+    return cast(weight_VD, dtype, "weight of products")
 
 
 def _room_for_gradient(logits_RV: Tensor, dtype: torch.dtype) -> Tensor:

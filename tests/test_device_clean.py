@@ -102,7 +102,7 @@ def train(
                 losses["loss"].backward()
                 for name, value in losses.items():
                     terms[name] = terms[name] + value.detach() if name in terms else value.detach()
-            norm = clip_gradients(student, objective.projectors, training.clip)
+            norm = clip_gradients(student, objective.projectors, training.clip, optimizer)
             optimizer.step()
             of_approach = {}
             if objective.approach is not None:

@@ -55,6 +55,46 @@ def test_gradients_are_exact_for_their_operands(rows, vocab, width):
 
 
 @needs_library
+@pytest.mark.parametrize("numbers", [1, 15, 16, 17, 300_001])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_adamw_is_the_papers_update(numbers, decay):
+    """Against algorithm 2 of arXiv 1711.05101 in fp64, for steps with other gradients and rates each."""
+    generator = torch.Generator().manual_seed(0)
+    weight, mean, square = torch.randn(numbers, generator=generator), torch.zeros(numbers), torch.zeros(numbers)
+    rounded = torch.empty(numbers, dtype=torch.bfloat16)
+    theta, m, v = (each.double() for each in (weight, mean, square))
+    for step, rate in enumerate((1e-3, 0.1, 0.02), start=1):
+        gradient = torch.randn(numbers, generator=generator) * 10.0 ** (1 - step)
+        g = 0.25 * gradient.double()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        direction = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        theta = theta - rate * (direction + decay * theta)
+        settings = {"factor": 0.25, "rate": rate, "betas": (0.9, 0.95), "epsilon": 1e-8, "decay": decay}
+        assert native.adamw(weight, mean, square, gradient, rounded, step=step, **settings)
+        torch.testing.assert_close(weight.double(), theta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mean.double(), m, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(square.double(), v, rtol=1e-5, atol=1e-9)
+        assert torch.equal(rounded, weight.bfloat16())
+
+
+@needs_library
+def test_adamw_rounds_as_pytorch_does_and_says_that_it_has_written():
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-39, -1e-39, 3.4e38, 1.00390625, 1.01171875, 0.0, -0.0])
+    zeros = torch.zeros_like(special)
+    rounded, version = torch.empty(len(special), dtype=torch.bfloat16), special._version
+    nothing = {"factor": 1.0, "rate": 0.0, "betas": (0.9, 0.95), "epsilon": 1e-8, "decay": 0.0, "step": 1}
+    expected = special.bfloat16()
+    assert native.adamw(special, zeros.clone(), zeros.clone(), zeros, rounded, **nothing)
+    assert torch.equal(rounded.view(torch.int16)[1:], expected.view(torch.int16)[1:])
+    assert rounded[0].isnan()
+    assert special._version == version + 1
+    assert not native.adamw(special.double(), zeros, zeros, zeros, None, **nothing)
+    assert not native.adamw(special[::2], zeros[::2], zeros[::2], zeros[::2], None, **nothing)
+    with pytest.raises(ValueError, match="differ"):
+        native.adamw(special, zeros[:3].contiguous(), zeros, zeros, None, **nothing)
+
+
+@needs_library
 def test_what_they_are_not_made_for_is_left_to_others():
     hidden, weight = operands(4, 8, 6)
     out, gradient = torch.zeros(4, 8), gradients(4, 8)

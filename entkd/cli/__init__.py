@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from entkd.cli.options import parser
 from entkd.errors import UserError
+from entkd.machine import keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Huge pages for torch's buffers: a training step makes and drops some of 100 MB, and faulting them in page by page
     # took an eighth of its time where it was measured. torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    keep_freed_memory()
     # Importing the libraries makes objects by the hundred thousand and next to no garbage: looking for it took a fifth
     # of the start.
     gc.set_threshold(100_000, 20, 20)

@@ -37,7 +37,7 @@ from entkd.distill.source import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
-from entkd.models import gather_embedding_gradient, load_model, load_tokenizer
+from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model, load_tokenizer
 from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions
 
@@ -105,6 +105,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     student.to(device)
     if device.type == "cpu" and world.size == 1:  # DDP adds up gradients before the rows are there
         gather_embedding_gradient(student)
+        if dtype == torch.bfloat16:
+            keep_rounded_weights(student)
     objective = Objective(
         student,
         method,
@@ -210,7 +212,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 (losses["loss"] * world.size).backward()
                 for name, value in losses.items():
                     terms[name] = terms[name] + value.detach() if name in terms else value.detach()
-            norm = clip_gradients(student, projectors, training.clip)
+            norm = clip_gradients(student, projectors, training.clip, optimizer)
             optimizer.step()
             terms = world.sum(terms)
             of_approach = {}

@@ -1,4 +1,4 @@
-"""Kernels for CPUs with AVX-512 and bf16 instructions: products with fp32 sums, and losses of rows of logits.
+"""Kernels for CPUs with AVX-512 and bf16 instructions: products with fp32 sums, losses of rows of logits, AdamW.
 
 Each answers whether it did its work. Without a compiler, on another CPU or for tensors of other kinds it does nothing,
 and nothing is lost but time: callers have another way to the same numbers.
@@ -8,12 +8,15 @@ Shapes: R rows (tokens), V vocabulary, D width. "1" is a dimension of length 1.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from entkd.native.build import library
 
-__all__ = ["available", "cross_entropy", "hidden_gradient", "kl", "logits", "weight_gradient"]
+__all__ = ["adamw", "available", "cross_entropy", "hidden_gradient", "kl", "logits", "weight_gradient"]
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -132,6 +135,51 @@ def cross_entropy(
         *_typed(student_RV), *_pointers(labels_R1, scale_R1, value_R1), *_typed(gradient_RV), R, V
     )
     return value_R1
+
+
+def adamw(
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    rounded: Tensor | None,
+    *,
+    factor: float,
+    rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    decay: float,
+    step: int,
+) -> bool:
+    """A step of AdamW (arXiv 1711.05101), as `torch.optim.AdamW` takes it, with ``factor`` times the gradient.
+
+    Parameters
+    ----------
+    weight, mean, square, gradient
+        fp32, of one shape; ``mean`` and ``square`` are the moments. All but the gradient are updated.
+    rounded
+        bf16; gets the new weight.
+    step
+        Steps that this is the last of, from 1.
+    """
+    tensors = [t for t in (weight, mean, square, gradient, rounded) if t is not None]
+    found = library() if _usable(*tensors) else None
+    if found is None or any(tensor.dtype != (_BF16 if tensor is rounded else _FP32) for tensor in tensors):
+        return False
+    _check(all(tensor.shape == weight.shape for tensor in tensors), *tensors)
+    corrections = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
+    found.entkd_adamw(
+        *_pointers(weight, mean, square, gradient, rounded),
+        factor,
+        rate,
+        *betas,
+        epsilon,
+        decay,
+        *corrections,
+        weight.numel(),
+    )
+    increment_version([tensor for tensor in tensors if tensor is not gradient])
+    return True
 
 
 def _usable(*tensors: Tensor) -> bool:

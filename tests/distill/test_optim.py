@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from entkd import native
 from entkd.config import Training
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 
@@ -62,3 +63,54 @@ def test_no_clip_returns_the_norm_and_leaves_gradients() -> None:
     student.weight.grad = torch.tensor([[30.0, 40.0]])
     assert clip_gradients(student, None, clip=None).item() == pytest.approx(50.0)
     assert math.isclose(student.weight.grad.norm().item(), 50.0, rel_tol=1e-6)
+
+
+needs_library = pytest.mark.skipif(not native.available(), reason="no compiled kernels here")
+
+
+@needs_library
+def test_one_pass_is_pytorchs_clipping_and_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Training(steps=1, lr=0.02, clip=0.5, weight_decay=0.1)
+    runs = []
+    for one_pass in (True, False):
+        torch.manual_seed(0)
+        student, projectors = nn.Linear(7, 5), nn.Linear(5, 5)
+        optimizer = build_optimizer(student, projectors, settings, projector_lr=0.03)
+        if not one_pass:
+            monkeypatch.setattr(native, "available", lambda: False)
+        assert optimizer.in_one_pass == one_pass
+        norms = []
+        for scale in (100.0, 1e-3, 1.0):  # clipped, not clipped, clipped
+            for p in (*student.parameters(), *projectors.parameters()):
+                p.grad = scale * torch.randn(p.shape)
+            norms.append(clip_gradients(student, projectors, settings.clip, optimizer))
+            optimizer.step()
+        runs.append((student, projectors, torch.stack(norms), optimizer.state_dict()["state"]))
+    (student, projectors, norms, state), (expected, expected_projectors, expected_norms, expected_state) = runs
+    torch.testing.assert_close(norms, expected_norms)
+    for own, other in ((student, expected), (projectors, expected_projectors)):
+        torch.testing.assert_close(list(own.parameters()), list(other.parameters()), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-7)  # either goes on with the other's
+
+
+@needs_library
+def test_factors_hold_for_one_step() -> None:
+    student = nn.Linear(1, 1, bias=False)
+    settings = Training(steps=1, lr=0.01, weight_decay=0.0)
+    optimizer = build_optimizer(student, None, settings, None)
+    for scale in (0.0, 1.0):
+        before = student.weight.item()
+        student.weight.grad = torch.ones(1, 1)
+        if scale == 0:
+            optimizer.scale_gradients(student.parameters(), 0.0)
+        optimizer.step()
+        assert (student.weight.item() != before) == (scale == 1.0)
+
+
+def test_a_nan_gradient_is_not_clipped_into_a_number() -> None:
+    student = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(student, None, Training(steps=1), None)
+    student.weight.grad = torch.tensor([[torch.nan, 1.0]])
+    assert clip_gradients(student, None, 1.0, optimizer).isnan()
+    optimizer.step()
+    assert student.weight.isnan().all()

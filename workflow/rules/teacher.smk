@@ -59,6 +59,8 @@ rule teacher_signals:
         entropy="<results>/signals/<teacher>/{data}/entropy.csv",
     log:
         "<logs>/teacher_signals.{data}.log",
+    # Before what trains without signals: nearly all arms wait for them, and all cores are rarely free later.
+    priority: 1
     threads: ALL_CORES
     resources:
         gpu=GPUS,

@@ -16,7 +16,7 @@ from entkd import hellinger
 from entkd.heads import common_rows, teacher_logits
 from entkd.kernels import temperature_derivative, value_and_gradient
 from entkd.products import compute_dtype, projection
-from entkd.softmax import entropy, in_full
+from entkd.softmax import argmax, entropy, in_full
 from entkd.tiles import piece_rows, slices, tile_rows
 
 CLOSENESS = ("entropy", "divergence", "agreement")
@@ -98,7 +98,7 @@ def linear_statistics(
             if own_RV is None or target_RV is None:
                 continue
             if "agreement" in names:
-                found["agreement"][rows] = own_RV.argmax(-1) == target_RV.argmax(-1)
+                found["agreement"][rows] = argmax(own_RV) == argmax(target_RV)
             if "hellinger" in names:
                 found["hellinger"][rows] = hellinger.distance(own_RV, target_RV)
             temperature_R1 = None if temperature_N is None else temperature_N[rows].to(dtype).unsqueeze(-1)

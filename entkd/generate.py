@@ -1,14 +1,15 @@
 """Batched generation with a key-value cache, for synthetic data and SeqKD.
 
 A loop of our own instead of ``model.generate``: prompts are sorted by length, equal prompts are read once, finished
-rows leave the batch, the cache grows in place, and the nucleus is sampled without sorting the vocabulary. How much
-faster that is, ``benchmarks/generate.py`` measures.
+rows leave the batch, the cache grows in place, a CPU's weights are reordered once, and the nucleus is sampled without
+sorting the vocabulary. How much faster that is, ``benchmarks/generate.py`` measures.
 Shape suffixes: B rows of the running batch, L prompt tokens, V vocabulary, C chunks of K tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,19 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from entkd.cache import growing_cache
 from entkd.progress import Progress
+from entkd.reordered import reordered_weights
 
 _COMPACT_BELOW = 0.875
 """Finished rows leave when no more than this share of the batch is still running: leaving copies the cache."""
 
 _CHUNK = 256
-"""Tokens whose probabilities are summed together before sampling."""
+"""Tokens whose probabilities are summed together before sampling, or whose largest logit is found together."""
 
 _ROWS = 4
 """Rows that are sampled together: their probabilities, in fp32 and fp64, stay in a core's cache."""
+
+_REORDER_FROM = 32
+"""Tokens of a continuation from which reordered weights make up for the time that reordering takes."""
 
 
 @torch.inference_mode()
@@ -68,7 +73,11 @@ def generate(
     # Rows of one length need no padding, and the longest batch first shows at once whether memory suffices.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     outputs: list[list[int]] = [[] for _ in prompts]
-    with Progress(progress or "", len(prompts), "text", visible=progress is not None) as bar:
+    long = min(max_new_tokens, max_length - min(map(len, prompts), default=max_length)) >= _REORDER_FROM
+    with (
+        Progress(progress or "", len(prompts), "text", visible=progress is not None) as bar,
+        reordered_weights(model) if long else nullcontext(),
+    ):
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             limits = [min(max_new_tokens, max_length - len(prompts[row])) for row in rows]
@@ -179,22 +188,33 @@ def choose(
     nucleus and drawn again if not, which needs no sorting and is exact.
     """
     if temperature == 0:
-        if logits_BV.device.type != "cpu":
-            return logits_BV.argmax(-1).cpu()
-        # In fp32, as PyTorch's argmax of bf16 on a CPU takes longer than the conversion.
-        return torch.cat([rows_BV.float().argmax(-1) for rows_BV in logits_BV.split(_ROWS)])
+        return _argmax(logits_BV) if logits_BV.device.type == "cpu" else logits_BV.argmax(-1).cpu()
     logits_BV = logits_BV.cpu()
     tokens_B = torch.full((len(logits_BV),), -1)
     pending = torch.arange(len(logits_BV))
     while len(pending):
         uniform_B = torch.rand(len(pending), generator=generator, dtype=torch.float64)
+        pending_BV = logits_BV if len(pending) == len(logits_BV) else logits_BV[pending]
         kept = []
-        for rows, uniform in zip(pending.split(_ROWS), uniform_B.split(_ROWS), strict=True):
-            probs_BV = torch.softmax(logits_BV[rows].float() / temperature, dim=-1)
-            drawn_B = tokens_B[rows] = _invert(probs_BV, uniform)
+        for start in range(0, len(pending), _ROWS):
+            rows = slice(start, start + _ROWS)
+            rows_BV = pending_BV[rows].float()
+            probs_BV = torch.softmax(rows_BV if temperature == 1 else rows_BV / temperature, dim=-1)
+            drawn_B = tokens_B[pending[rows]] = _invert(probs_BV, uniform_B[rows])
             kept.append(_in_nucleus(probs_BV, drawn_B, top_p))
         pending = pending[~torch.cat(kept)]
     return tokens_B
+
+
+def _argmax(logits_BV: torch.Tensor) -> torch.Tensor:
+    """The most probable token of each row, the first of several: the largest logit of each chunk, then within one.
+
+    PyTorch's argmax on a CPU takes several times as long as its amax, and in bf16 longer than a conversion to fp32.
+    """
+    logits_BCK = _in_chunks(logits_BV, -torch.inf)
+    chunk_B = logits_BCK.amax(-1).float().argmax(-1)
+    logits_BK = logits_BCK[torch.arange(len(logits_BV)), chunk_B]
+    return chunk_B * _CHUNK + logits_BK.float().argmax(-1)
 
 
 def _in_nucleus(probs_BV: torch.Tensor, tokens_B: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -211,15 +231,21 @@ def _invert(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     In two levels: sums of chunks, then one chunk's tokens. A running sum over the vocabulary in fp64 is a tenth of a
     decoding step; sums of chunks are nearly free.
     """
-    rest = -probs_BV.shape[1] % _CHUNK
-    padded_BV = torch.nn.functional.pad(probs_BV, (0, rest)) if rest else probs_BV
-    probs_BCK = padded_BV.view(len(probs_BV), -1, _CHUNK)
+    probs_BCK = _in_chunks(probs_BV, 0.0)
     cdf_BC = probs_BCK.sum(-1, dtype=torch.float64).cumsum(-1)
     wanted_B1 = uniform_B[:, None] * cdf_BC[:, -1:]
     chunk_B1 = _first_above(cdf_BC, wanted_B1)
     before_B1 = torch.where(chunk_B1 > 0, cdf_BC.gather(1, (chunk_B1 - 1).clamp_min(0)), 0.0)
     cdf_BK = probs_BCK[torch.arange(len(probs_BV)), chunk_B1[:, 0]].cumsum(-1, dtype=torch.float64)
     return (chunk_B1 * _CHUNK + _first_above(cdf_BK, wanted_B1 - before_B1))[:, 0]
+
+
+def _in_chunks(values_BV: torch.Tensor, filler: float) -> torch.Tensor:
+    """(B, C, K) the values of each row in chunks, the last of them filled up."""
+    rest = -values_BV.shape[1] % _CHUNK
+    if rest:
+        values_BV = torch.nn.functional.pad(values_BV, (0, rest), value=filler)
+    return values_BV.view(len(values_BV), -1, _CHUNK)
 
 
 def _first_above(cdf_BC: torch.Tensor, wanted_B1: torch.Tensor) -> torch.Tensor:

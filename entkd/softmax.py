@@ -15,12 +15,41 @@ from entkd.products import HALF
 from entkd.sparse import SparseTarget
 from entkd.workspace import buffer
 
+_CHUNK = 256
+"""Tokens among which `argmax` looks at once."""
+
 
 def in_full(logits_RV: Tensor, name: str) -> Tensor:
     """Logits in half precision as fp32, in the buffer ``name``; all others as they are."""
     if logits_RV.dtype not in HALF:
         return logits_RV
     return buffer(name, logits_RV.shape, torch.float32, logits_RV.device).copy_(logits_RV)
+
+
+def argmax(logits_RV: Tensor) -> Tensor:
+    """(R,) the most probable token of each row, the first of several."""
+    if logits_RV.device.type != "cpu":
+        return logits_RV.argmax(-1)
+    # On a CPU PyTorch finds a largest number much sooner than its index, so look for the index in one chunk alone.
+    vocabulary = logits_RV.shape[-1]
+    even = vocabulary - vocabulary % _CHUNK
+    tops = [logits_RV[:, :even].unflatten(-1, (-1, _CHUNK)).amax(-1)]
+    if even < vocabulary:
+        tops.append(logits_RV[:, even:].amax(-1, keepdim=True))
+    first_R1 = torch.cat(tops, -1).argmax(-1, keepdim=True) * _CHUNK
+    ids_RK = (first_R1 + torch.arange(_CHUNK)).clamp_max(vocabulary - 1)
+    return first_R1[:, 0] + logits_RV.gather(1, ids_RK).argmax(-1)
+
+
+def largest_and_logsumexp(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """(R,) the largest logit of each row, and the logarithm of the sum of all their exponentials."""
+    if logits_RV.device.type == "cpu":
+        best_R1 = argmax(logits_RV).unsqueeze(-1)
+        loss_R1 = native.cross_entropy(logits_RV, best_R1, None, None)
+        if loss_R1 is not None:
+            largest_R = logits_RV.gather(1, best_R1).squeeze(-1)
+            return largest_R, largest_R + loss_R1.squeeze(-1)
+    return logits_RV.amax(-1), logits_RV.logsumexp(-1)
 
 
 def log_softmax(logits_RV: Tensor, name: str) -> Tensor:

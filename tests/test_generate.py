@@ -164,6 +164,39 @@ def test_rows_drawn_in_blocks_are_those_drawn_at_once(top_p: float, monkeypatch:
     assert draw(4, 0.0) == logits.float().argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [7, 256, 1000, 1024])
+def test_greedy_token_is_the_first_of_the_largest_logits(dtype: torch.dtype, vocabulary: int) -> None:
+    # Few values, so that several tokens of one chunk and of several chunks have the largest.
+    logits = torch.randint(-3, 3, (50, 1100), generator=torch.Generator().manual_seed(0)).to(dtype)[:, :vocabulary]
+    logits[1] = -torch.inf
+    logits[2, 3:] = -torch.inf
+    logits[3, 5] = torch.nan
+    expected = logits.double().numpy().argmax(-1)
+    assert choose(logits, 0.0).tolist() == expected.tolist()
+    assert expected[3] == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_reordered_weights_write_the_same_text(
+    tokenizer, prompts: list[list[int]], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(hidden_size=64, intermediate_size=128).bfloat16()
+    seen: list[bool] = []
+    model.model.register_forward_pre_hook(lambda module, _: seen.append("forward" in vars(model.lm_head)))
+
+    def write() -> list[list[int]]:
+        draws = {"temperature": temperature, "generator": torch.Generator().manual_seed(0)}
+        return generate(model, tokenizer, prompts * 6, max_new_tokens=33, max_length=36, batch=30, **draws)
+
+    reordered = write()
+    assert all(seen) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    monkeypatch.setattr("entkd.generate._REORDER_FROM", 36)
+    seen.clear()
+    assert write() == reordered
+    assert not any(seen)
+
+
 def test_samples_repeat_with_the_stream(tokenizer, prompts: list[list[int]]) -> None:
     def sample(seed: int) -> list[list[int]]:
         stream = torch.Generator().manual_seed(seed)

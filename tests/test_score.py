@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from rouge_score.rouge_scorer import RougeScorer
-from tiny_models import tiny_llama
+from tiny_models import ending_early, tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from entkd.config import Suite
@@ -23,6 +23,7 @@ from entkd.data import read_texts
 from entkd.errors import UserError
 from entkd.models import load_model, load_tokenizer
 from entkd.score import score
+from entkd.score.greedy import continued
 from entkd.score.items import ITEM_COLUMNS, SCORE_COLUMNS, ratio_items, standard_error
 from entkd.score.lm import LanguageModel, label_logprobs
 from entkd.score.tasks import load_tasks
@@ -120,6 +121,55 @@ def test_padded_rows_are_never_generated(tokenizer):
             step = torch.tensor([[*ids[0].tolist(), *new]])
             new.append(int(model(step, use_cache=False).logits[0, -1, : len(tokenizer)].argmax()))
     assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+STOP = {"until": [], "max_gen_toks": 20}
+OPENINGS = ["the quick", "what is the capital of", "a", "a cat and the lazy dog", "x"]
+
+
+def test_greedy_texts_are_those_of_transformers(tokenizer, monkeypatch):
+    model = ending_early([tokenizer(text)["input_ids"] for text in OPENINGS])
+    lm = LanguageModel(model, tokenizer, 1.0)
+    cases = requests(*((text, {"do_sample": False, "temperature": 0.0} | STOP) for text in OPENINGS))
+    found = lm.generate_until(cases, disable_tqdm=True)
+    monkeypatch.setattr("entkd.score.lm.is_greedy", lambda *_: False)
+    assert found == lm.generate_until(cases, disable_tqdm=True)
+    assert len({len(tokenizer(text)["input_ids"]) for text in found}) > 1  # some ended at EOS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "own_settings", "expected"),
+    [
+        ({}, {}, True),
+        ({"do_sample": False, "temperature": 0.0}, {}, True),
+        ({}, {"do_sample": True, "top_p": 0.9, "temperature": 0.6}, True),  # lm-eval switches sampling off
+        ({"do_sample": True, "temperature": 1.0}, {}, False),
+        ({"num_beams": 2}, {}, False),
+        ({"until": ["\n"]}, {}, False),
+        ({}, {"repetition_penalty": 1.1}, False),
+        ({}, {"eos_token_id": [2, 5]}, False),
+        ({}, {"max_new_tokens": 3}, False),
+    ],
+)
+def test_only_plain_greedy_requests_go_by_our_own_loop(tokenizer, arguments, own_settings, expected, monkeypatch):
+    model = tiny_llama(len(tokenizer))
+    for name, value in own_settings.items():
+        setattr(model.generation_config, name, value)
+    calls = []
+    monkeypatch.setattr("entkd.score.lm.continued", lambda *arguments: (calls.append(1), continued(*arguments))[1])
+    lm = LanguageModel(model, tokenizer, 1.0)
+    lm.generate_until(requests(("the quick", STOP | {"max_gen_toks": 2} | arguments)), disable_tqdm=True)
+    assert bool(calls) == expected
+
+
+def test_texts_encoded_together_are_those_encoded_alone(lm, tokenizer):
+    texts = ["the quick", " brown fox", "<s>the quick", "the quick", "x\n ", tokenizer.decode([1]) + "a"]
+    alone = [lm.tok_encode(text) for text in texts]
+    lm._encode_all([*texts, ""])
+    assert [lm.tok_encode(text) for text in texts] == alone
+    assert lm.encoded.keys() >= {"the quick", " brown fox"}
+    lm.loglikelihood(requests(("", "the quick")), disable_tqdm=True)
+    assert not lm.encoded
 
 
 def test_too_few_rows_are_refused_with_both_sizes(tokenizer):

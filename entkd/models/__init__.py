@@ -18,17 +18,22 @@ from entkd.models.access import (
     weights_sha256,
 )
 from entkd.models.by_document import packed_states
+from entkd.models.by_prefix import Prefixes, goes_by_prefix, prefix_states
+from entkd.models.linear import keep_rounded_weights
 from entkd.models.on_cpu import gather_embedding_gradient
 from entkd.models.student import init_student
 from entkd.models.teacher import prepare_teacher
 
 __all__ = [
+    "Prefixes",
     "assert_finite",
     "assert_linear_head",
     "assert_packing",
     "decoder_layers",
     "gather_embedding_gradient",
+    "goes_by_prefix",
     "init_student",
+    "keep_rounded_weights",
     "layer_points",
     "load_model",
     "load_tokenizer",
@@ -36,6 +41,7 @@ __all__ = [
     "model_sha256",
     "output_weight",
     "packed_states",
+    "prefix_states",
     "prepare_teacher",
     "save_model",
     "trunk",

@@ -9,7 +9,7 @@ Shapes: B blocks, L tokens of a block, N predicting positions, K tokens that are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,12 @@ from entkd.models.last_layer import can_be_cut, last_layer_at
 if TYPE_CHECKING:
     from entkd.data.packing import Batch
 
-_ATTENTION = "entkd_by_document"
+_ATTENTION = "entkd"
 _TYPES = ("gpt2", "llama", "qwen2", "qwen3")
 """Model types whose attention takes what it is given from the interface, and that tests hold to their own outputs."""
 _DROPOUTS = ("attention_dropout", "attn_pdrop")
 """Where their configurations have the dropout of attention, which the kernel for CPUs has not."""
-_ROUND = 16
+ROUND = 16
 """Rows of a matrix product: an odd number of them costs more than the rows up to the next multiple."""
 
 
@@ -48,7 +48,7 @@ def packed_states(
     documents = whole((positions_K == 0).nonzero()[:, 0].tolist(), len(ids_K))
     cut = can_be_cut(model) and bool((index_N.diff() > 0).all())
     with ExitStack() as stack:
-        stack.enter_context(_attention_by_document(model, documents))
+        stack.enter_context(with_attention(model, _by_document(documents)))
         if cut:
             stack.enter_context(last_layer_at(model, index_N, at_positions(documents, index_N)))
         hidden, captured = trunk_forward(model, ids_K[None], positions_K[None], capture)
@@ -61,15 +61,22 @@ def packed_states(
 
 
 def _can_go_by_document(model: PreTrainedModel, batch: Batch) -> bool:
-    config = model.config
-    dropout = any(getattr(config, name, 0) for name in _DROPOUTS)
+    dropout = any(getattr(model.config, name, 0) for name in _DROPOUTS)
     return (
         batch.input_ids_BL.device.type == output_weight(model).device.type == "cpu"
-        and config.model_type in _TYPES
-        and config._attn_implementation == "sdpa"
-        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and has_other_attention(model)
         # What checkpointing computes again, it would compute with the model's own attention.
         and not (model.training and (dropout or model.is_activation_checkpointing))
+    )
+
+
+def has_other_attention(model: PreTrainedModel) -> bool:
+    """Whether `with_attention` may be used: the model attends to all that came before, by way of the interface."""
+    config = model.config
+    return (
+        config.model_type in _TYPES
+        and config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     )
 
 
@@ -83,13 +90,12 @@ def _kept(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     kept_BL.view(-1)[batch.positions_N] = True
     index_N = (kept_BL.flatten().cumsum(0) - 1)[batch.positions_N]
     ids_K, positions_K = batch.input_ids_BL[kept_BL], positions_BL[kept_BL]
-    rest = -len(ids_K) % _ROUND if len(ids_K) else _ROUND  # a batch of padding alone has gradients too: zeros
+    rest = -len(ids_K) % ROUND if len(ids_K) else ROUND  # a batch of padding alone has gradients too: zeros
     return nn.functional.pad(ids_K, (0, rest)), torch.cat([positions_K, torch.arange(rest)]), index_N
 
 
-@contextmanager
-def _attention_by_document(model: PreTrainedModel, documents: Sequence[Document]) -> Iterator[None]:
-    """Let the model's layers attend within the documents."""
+def _by_document(documents: Sequence[Document]) -> Callable[..., tuple[Tensor, None]]:
+    """Attention within the documents."""
 
     def attention(
         module: nn.Module,
@@ -103,6 +109,12 @@ def _attention_by_document(model: PreTrainedModel, documents: Sequence[Document]
         del module, attention_mask, kwargs
         return attend(query_1HKD, key_1HKD, value_1HKD, documents, scaling), None
 
+    return attention
+
+
+@contextmanager
+def with_attention(model: PreTrainedModel, attention: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Let the model's layers attend by this function, as Transformers' interface calls it."""
     AttentionInterface.register(_ATTENTION, attention)
     before = model.config._attn_implementation
     model.config._attn_implementation = _ATTENTION

@@ -93,7 +93,12 @@ def _per_token(
             tokens_R = tokens_N[tile]
             teacher_R = teacher.logprobs(tokens_R) if head_UE is None else teacher.hidden(tokens_R)
             statistics = linear_statistics(
-                hidden_ND[tile], weight_VD, teacher_R.to(model.device), head_UE, vocab_size=store.vocab_size
+                hidden_ND[tile],
+                weight_VD,
+                teacher_R.to(model.device),
+                head_UE,
+                wants=("divergence", "agreement"),
+                vocab_size=store.vocab_size,
             )
             kl_R[tokens_R] = statistics["divergence"].double().cpu()
             agreement_R[tokens_R] = statistics["agreement"].double().cpu()

@@ -21,9 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entkd.models import assert_linear_head, output_weight, trunk_forward, vocab_rows
+from entkd.models import Prefixes, assert_linear_head, goes_by_prefix, output_weight, prefix_states, vocab_rows
 from entkd.products import compute_dtype
 from entkd.progress import Progress
+from entkd.score.greedy import continued, is_greedy
+from entkd.softmax import largest_and_logsumexp
 from entkd.tiles import piece_rows, slices, tile_rows
 from entkd.workspace import buffer
 
@@ -60,6 +62,7 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, memory_gib: float) -> None:
         assert_linear_head(model, "scored model")
+        self.encoded: dict[str, list[int]] = {}
         # Log-likelihoods are batched below by tokens, so the batch size that lm-eval cuts them into beforehand is
         # without limit; generate_until sets it.
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=sys.maxsize)
@@ -71,11 +74,29 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, is it the greedy choice) of every (context, continuation)."""
+        self._encode_all([text for request in requests for text in (request.args[0], "".join(request.args))])
         encoded = []
         for context, continuation in (request.args for request in requests):
             ids = self._encode_pair(context, continuation) if context else self._encode_alone(continuation)
             encoded.append(((context, continuation), *ids))
+        self.encoded.clear()
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode_all(self, texts: list[str]) -> None:
+        """Put into ``encoded`` what `tok_encode` says of these texts: one call takes a fraction of many calls' time."""
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        # lm-eval treats texts that begin with the prefix in a way of its own.
+        own = [text for text in dict.fromkeys(texts) if text and not text.startswith(prefix)]
+        if own:
+            options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+            self.encoded = dict(zip(own, self.tokenizer(own, **options)["input_ids"], strict=True))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids as HFLM finds them."""
+        if add_special_tokens is None and not kwargs and string in self.encoded:
+            return self.encoded[string]
+        ids: list[int] = super().tok_encode(string, add_special_tokens, **kwargs)
+        return ids
 
     def _encode_alone(self, text: str) -> tuple[list[int], list[int]]:
         ids = self.tok_encode(text, add_special_tokens=False)
@@ -109,49 +130,38 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return answers
 
     def _batches(self, requests: list[tuple[Any, list[int], list[int]]]) -> Iterator[list[_Row]]:
-        """Rows sorted by length, longest first, in batches of at most ``batch_tokens`` with padding."""
+        """Rows in batches of at most ``batch_tokens``: where they are padded, sorted by length, longest first."""
         rows: dict[tuple[int, ...], _Row] = {}
         for index, (_, context, continuation) in enumerate(requests):
             ids = tuple(context + continuation)[-(self.max_length + 1) :]
             row = rows.setdefault(ids[:-1], _Row(ids[:-1], []))
             row.requests.append((index, ids[max(1, len(ids) - len(continuation)) :]))
+        by_prefix = goes_by_prefix(self.model)
         batch: list[_Row] = []
-        for inputs in sorted(rows, key=lambda ids: (-len(ids), ids)):
-            if batch and (len(batch) + 1) * len(batch[0].inputs) > self.batch_tokens:
+        tokens = 0
+        # Side by side in the order of their tokens, rows that begin alike are in one batch.
+        for inputs in sorted(rows, key=None if by_prefix else lambda ids: (-len(ids), ids)):
+            if batch and tokens + len(inputs if by_prefix else batch[0].inputs) > self.batch_tokens:
                 yield batch
-                batch = []
+                batch, tokens = [], 0
             batch.append(rows[inputs])
+            tokens += len(inputs if by_prefix else batch[0].inputs)
         if batch:
             yield batch
 
     def _score(self, batch: list[_Row]) -> tuple[list[float], list[bool], list[int]]:
         """Log-probability of each scored token, whether it is the most probable one, and its request."""
-        longest = len(batch[0].inputs)
-        ids_BL = torch.tensor([row.inputs + (0,) * (longest - len(row.inputs)) for row in batch], device=self.device)
-        position_ids_BL = torch.arange(longest, device=self.device).expand(len(batch), -1)
-        hidden_BLD, _ = trunk_forward(self.model, ids_BL, position_ids_BL)
-
-        prefixes: dict[tuple[int, int], int] = {}  # (prefix, next token) → the longer prefix, numbered
-        position_of: dict[int, int] = {}  # prefix → index among the N distinct scored positions
-        positions: list[int] = []
+        prefixes = Prefixes.of([row.inputs for row in batch])
+        number_of: dict[int, int] = {}  # prefix → index among the N distinct scored positions
         labels: list[int] = []
         sources: list[int] = []
         owners: list[int] = []
-        for index, row in enumerate(batch):
-            earliest = len(row.inputs) - max(len(scored) for _, scored in row.requests)
-            prefix, own = -1, []
-            for step, token in enumerate(row.inputs):
-                prefix = prefixes.setdefault((prefix, token), len(prefixes))
-                if step >= earliest:
-                    if prefix not in position_of:
-                        position_of[prefix] = len(positions)
-                        positions.append(index * longest + step)
-                    own.append(position_of[prefix])
+        for row, own in zip(batch, prefixes.of_rows, strict=True):
             for owner, scored in row.requests:
                 labels += scored
-                sources += own[len(own) - len(scored) :]
+                sources += [number_of.setdefault(prefix, len(number_of)) for prefix in own[len(own) - len(scored) :]]
                 owners += [owner] * len(scored)
-        hidden_ND = hidden_BLD.flatten(0, 1)[torch.tensor(positions, device=self.device)]
+        hidden_ND = prefix_states(self.model, prefixes, torch.tensor(list(number_of), device=self.device))
         weight_VD = output_weight(self.model)[: self.scored_vocabulary]
         logprob_M, greedy_M = label_logprobs(
             hidden_ND,
@@ -175,6 +185,8 @@ class LanguageModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return texts
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+        if is_greedy(self.model, self.tokenizer, stop, kwargs):
+            return continued(self.model, self.tokenizer, context, kwargs["attention_mask"], max_length)
         if self.rows > self.scored_vocabulary:
             kwargs["suppress_tokens"] = list(range(self.scored_vocabulary, self.rows))
         ids: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
@@ -211,8 +223,7 @@ def label_logprobs(hidden_ND: Tensor, weight_VD: Tensor, source_M: Tensor, label
         largest_R = torch.empty_like(normaliser_R)
         for piece in slices(len(logits_RV), piece_rows(vocabulary, device)):
             piece_RV = buffer("piece", logits_RV[piece].shape, dtype, device).copy_(logits_RV[piece])
-            largest_R[piece] = piece_RV.amax(-1)
-            normaliser_R[piece] = piece_RV.logsumexp(-1)
+            largest_R[piece], normaliser_R[piece] = largest_and_logsumexp(piece_RV)
         bounds = torch.searchsorted(sorted_M, torch.tensor([tile.start, tile.stop], device=device)).tolist()
         own_K = order_M[bounds[0] : bounds[1]]
         row_K = source_M[own_K] - tile.start

@@ -28,8 +28,13 @@ def test_documents(data: str, **_metadata: Any) -> dict[str, Dataset]:
 
 def minimal_pairs(phenomenon: str, **_metadata: Any) -> dict[str, Dataset]:
     """The pairs of one phenomenon."""
-    rows = [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
-    return {"test": Dataset.from_list([row for row in rows if row["UID"] == phenomenon])}
+    return {"test": Dataset.from_list([row for row in _pairs() if row["UID"] == phenomenon])}
+
+
+@cache
+def _pairs() -> list[dict[str, Any]]:
+    """The pairs of all phenomena, which are so many tasks."""
+    return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()]
 
 
 def shared_start(doc: dict[str, str]) -> str:

@@ -26,6 +26,8 @@ INSIDE = {
     "_TiledLossBackward": "output projections and loss",
     "_Attention": "attention",
     "_AttentionBackward": "attention",
+    "_Linear": "linear layers",
+    "_LinearBackward": "linear layers",
     "Optimizer.step#AdamW.step": "AdamW",
 }
 """Operations that are parts of a step with all that they call."""

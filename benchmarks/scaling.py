@@ -28,7 +28,7 @@ from entkd.distill.micro_batch import MicroBatch
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.figures.style import BLACK, BLUE, GREY, STYLE, TEXT_WIDTH, save
-from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model
+from entkd.models import load_model, prepare_for_cpu
 
 WIDTH = 576
 TOKENS = (128, 512, 1024, 2048, 4096)
@@ -72,8 +72,7 @@ def step_row(inputs: Inputs, length: int, rounds: int) -> dict[str, object]:
     student, teacher = load_model(inputs.student).train(), load_model(inputs.teacher)
     head_UE = teacher.get_output_embeddings().weight.detach().bfloat16()
     vocabulary, width = head_UE.shape
-    gather_embedding_gradient(student)
-    keep_rounded_weights(student)
+    prepare_for_cpu(student, torch.bfloat16)
     objective = Objective(student, Method.model_validate({"divergence": "forward_kl"}), vocabulary, head_UE)
     training = Training(steps=1)
     optimizer = build_optimizer(student, None, training, None)

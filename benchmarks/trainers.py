@@ -23,7 +23,7 @@ from entkd.data.packing import collate
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients
 from entkd.distill.targets import TeacherTargets
-from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model, load_tokenizer
+from entkd.models import load_model, load_tokenizer, prepare_for_cpu
 from entkd.signals.files import write_tensors
 from entkd.signals.teacher_pass import TeacherPass
 
@@ -70,9 +70,7 @@ class Entkd(Trainer):
         super().__init__(inputs, steps, dtype)
         method = Method.model_validate({"divergence": "forward_kl"})
         self.targets = TeacherTargets(method, inputs.signals[mode], steps.data, steps.corpus, 0)
-        gather_embedding_gradient(self.student)
-        if dtype == torch.bfloat16:
-            keep_rounded_weights(self.student)
+        prepare_for_cpu(self.student, dtype)
         self.objective = Objective(self.student, method, steps.vocab_size, self.targets.head_UE)
 
     def backward(self, number: int) -> Tensor:

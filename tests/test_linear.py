@@ -13,8 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from entkd import native
 from entkd.config import Training
 from entkd.distill.optim import build_optimizer, clip_gradients
-from entkd.models import keep_rounded_weights
-from entkd.models.linear import _forward
+from entkd.models.linear import _forward, keep_rounded_weights
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no compiled kernels here")
 TOKENS, D, V = 37, 24, 18

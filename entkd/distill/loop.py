@@ -37,7 +37,7 @@ from entkd.distill.source import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
-from entkd.models import gather_embedding_gradient, keep_rounded_weights, load_model, load_tokenizer
+from entkd.models import load_model, load_tokenizer, prepare_for_cpu
 from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions
 
@@ -104,9 +104,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     student = load_model(run.student).train()
     student.to(device)
     if device.type == "cpu" and world.size == 1:  # DDP adds up gradients before the rows are there
-        gather_embedding_gradient(student)
-        if dtype == torch.bfloat16:
-            keep_rounded_weights(student)
+        prepare_for_cpu(student, dtype)
     objective = Objective(
         student,
         method,

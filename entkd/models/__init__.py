@@ -19,8 +19,7 @@ from entkd.models.access import (
 )
 from entkd.models.by_document import packed_states
 from entkd.models.by_prefix import Prefixes, goes_by_prefix, prefix_states
-from entkd.models.linear import keep_rounded_weights
-from entkd.models.on_cpu import gather_embedding_gradient
+from entkd.models.on_cpu import gather_embedding_gradient, prepare_for_cpu
 from entkd.models.student import init_student
 from entkd.models.teacher import prepare_teacher
 
@@ -33,7 +32,6 @@ __all__ = [
     "gather_embedding_gradient",
     "goes_by_prefix",
     "init_student",
-    "keep_rounded_weights",
     "layer_points",
     "load_model",
     "load_tokenizer",
@@ -42,6 +40,7 @@ __all__ = [
     "output_weight",
     "packed_states",
     "prefix_states",
+    "prepare_for_cpu",
     "prepare_teacher",
     "save_model",
     "trunk",

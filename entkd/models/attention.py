@@ -2,7 +2,8 @@
 
 No pair of tokens of two documents is computed, and every document reads and writes its part of the row: nothing is
 split or joined for autograd. The forward pass is PyTorch's own kernel. Its backward kernel takes several times as long
-as the matrix products that it consists of, so those are done here, some queries at a time.
+as the matrix products that it consists of, so those are done by `native.attention_gradient` where that can, and here
+otherwise, some queries at a time.
 
 Shapes: Q queries and K keys of the row, q and k those of one document, H heads, G heads of the keys, D width of a head,
 S = Q · H / G queries of all heads that share keys, d = D + 1.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from entkd import native
 from entkd.products import compute_dtype
 from entkd.workspace import buffer
 
@@ -109,6 +111,12 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_1QHD: Tensor) -> tuple[Tensor | None, ...]:
         query_1HQD, key_1GKD, value_1GKD, out_1QHD, logsumexp_1HQ = ctx.saved_tensors
+        found = native.attention_gradient(
+            *(query_1HQD, key_1GKD, value_1GKD, out_1QHD, gradient_1QHD, logsumexp_1HQ),
+            *(ctx.documents, ctx.scaling, ctx.dtypes),
+        )
+        if found is not None:
+            return *found, None, None, None
         heads, shared = key_1GKD.shape[1], query_1HQD.shape[1] // key_1GKD.shape[1]
         with torch.autocast("cpu", enabled=False):
             mean_1QH = torch.linalg.vecdot(*(each.to(logsumexp_1HQ.dtype) for each in (gradient_1QHD, out_1QHD)))

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from entkd.models.access import decoder_layers, output_weight, trunk_forward
 from entkd.models.attention import Document, at_positions, attend, whole
+from entkd.models.faster_layers import faster_rotation
 from entkd.models.last_layer import can_be_cut, last_layer_at
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def packed_states(
     cut = can_be_cut(model) and bool((index_N.diff() > 0).all())
     with ExitStack() as stack:
         stack.enter_context(with_attention(model, _by_document(documents)))
+        stack.enter_context(faster_rotation(model))
         if cut:
             stack.enter_context(last_layer_at(model, index_N, at_positions(documents, index_N)))
         hidden, captured = trunk_forward(model, ids_K[None], positions_K[None], capture)

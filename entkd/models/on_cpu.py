@@ -12,6 +12,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from entkd.models.access import output_weight
+from entkd.models.faster_layers import use_faster_layers
+from entkd.models.linear import keep_rounded_weights
+
+
+def prepare_for_cpu(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Do what makes training steps on a CPU in this precision cheaper: nothing else is to be done before training."""
+    gather_embedding_gradient(model)
+    if dtype == torch.bfloat16:
+        keep_rounded_weights(model)
+        use_faster_layers(model)
 
 
 def gather_embedding_gradient(model: PreTrainedModel) -> None:

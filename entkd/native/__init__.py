@@ -14,9 +14,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from entkd.native.attention import attention_gradient
 from entkd.native.build import library
 
-__all__ = ["adamw", "available", "cross_entropy", "hidden_gradient", "kl", "logits", "weight_gradient"]
+__all__ = [
+    "adamw",
+    "attention_gradient",
+    "available",
+    "cross_entropy",
+    "hidden_gradient",
+    "kl",
+    "logits",
+    "weight_gradient",
+]
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

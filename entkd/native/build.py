@@ -22,7 +22,7 @@ import torch
 from entkd.files import WriteError, locked, replacing
 
 FOLDER = Path(__file__).parent
-SOURCES = ("adamw.cpp", "products.cpp", "rows.cpp")
+SOURCES = ("adamw.cpp", "attention.cpp", "layers.cpp", "products.cpp", "rows.cpp")
 
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma", "f16c")
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", *(f"-m{name}" for name in _INSTRUCTIONS))
@@ -30,6 +30,12 @@ _FLAGS = ("-O3", "-std=c++20", "-fPIC", *(f"-m{name}" for name in _INSTRUCTIONS)
 _POINTER, _NUMBER, _CODE, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _ARGUMENTS = {
     "entkd_adamw": [*[_POINTER] * 5, *[_REAL] * 8, _NUMBER],
+    "entkd_rms_norm": [*[_POINTER] * 4, _REAL, *[_NUMBER] * 2],
+    "entkd_rms_norm_gradient": [*[_POINTER] * 6, *[_NUMBER] * 2],
+    "entkd_swiglu": [*[_POINTER] * 3, _NUMBER],
+    "entkd_swiglu_gradient": [*[_POINTER] * 5, _NUMBER],
+    "entkd_rotate": [*[_POINTER] * 4, _CODE, *[_NUMBER] * 3],
+    "entkd_attention_gradient": [*[_POINTER] * 9, *[_POINTER, _CODE] * 3, _REAL, *[_NUMBER] * 5],
     "entkd_logits": [_POINTER, _POINTER, _CODE, _POINTER, *[_NUMBER] * 3],
     "entkd_hidden_gradient": [*[_POINTER] * 3, *[_NUMBER] * 3],
     "entkd_weight_gradient": [*[_POINTER] * 3, _CODE, *[_NUMBER] * 3],

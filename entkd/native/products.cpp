@@ -18,6 +18,10 @@
 using at::native::cpublas::brgemm;
 using at::native::cpublas::brgemm_release;
 using entkd::BFloat16;
+using entkd::numbers;
+using entkd::pair_columns;
+using entkd::pair_rows;
+using entkd::transpose_columns;
 
 namespace {
 
@@ -25,88 +29,6 @@ constexpr int64_t kVocabulary = 64; // rows of the weight in a panel: with a wid
 constexpr int64_t kDepth = 512; // rows of the weight that are summed over at once
 constexpr int64_t kTokens = 256;
 constexpr int64_t kTile = 32; // rows of AMX
-
-inline uint32_t bits(BFloat16 value) {
-  return value.x;
-}
-
-inline uint32_t bits(float value) {
-  return c10::detail::round_to_nearest_even(value);
-}
-
-inline const BFloat16* numbers(const uint32_t* pairs) {
-  return reinterpret_cast<const BFloat16*>(pairs);
-}
-
-// Pairs of neighbours in a row, as (D / 2, kVocabulary). An fp32 weight is rounded on its way, which saves a pass over
-// a copy of it.
-template <typename Weight>
-void pair_columns(const Weight* weight, int64_t rows, int64_t D, uint32_t* panel) {
-  for (int64_t row = 0; row < rows; row += 16) {
-    int64_t pair = 0;
-    for (; rows - row >= 16 && pair + 16 <= D / 2; pair += 16) {
-      __m512i block[16];
-      for (int i = 0; i < 16; ++i) {
-        block[i] = entkd::pairs(weight + (row + i) * D + 2 * pair);
-      }
-      entkd::transpose(block);
-      for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(panel + (pair + i) * kVocabulary + row, block[i]);
-      }
-    }
-    for (; pair < D / 2; ++pair) {
-      for (int64_t i = row; i < std::min(rows, row + 16); ++i) {
-        const Weight* source = weight + i * D + 2 * pair;
-        panel[pair * kVocabulary + i] = bits(source[0]) | bits(source[1]) << 16;
-      }
-    }
-  }
-}
-
-// Pairs of neighbouring rows, as ((rows + 1) / 2, D); the last of an odd number is paired with zeros.
-void pair_rows(const BFloat16* x, int64_t rows, int64_t D, uint32_t* panel) {
-  for (int64_t row = 0; row < rows; row += 2) {
-    const BFloat16 *upper = x + row * D, *lower = upper + D;
-    const bool both = row + 1 < rows;
-    uint32_t* out = panel + row / 2 * D;
-    int64_t d = 0;
-    for (; both && d + 32 <= D; d += 32) {
-      const __m512i a = _mm512_loadu_si512(upper + d), b = _mm512_loadu_si512(lower + d);
-      _mm512_storeu_si512(out + d, entkd::zip(a, b, 0));
-      _mm512_storeu_si512(out + d + 16, entkd::zip(a, b, 16));
-    }
-    for (; d < D; ++d) {
-      out[d] = bits(upper[d]) | (both ? bits(lower[d]) << 16 : 0);
-    }
-  }
-}
-
-// Some columns of x (R, V) as rows of `pairs` pairs, a multiple of 16: a transposed copy, with zeros behind the R numbers.
-void transpose_columns(const BFloat16* x, int64_t R, int64_t V, int64_t columns, uint32_t* panel, int64_t pairs) {
-  const auto half = [&](int64_t row, int64_t column) {
-    return row < R ? _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + row * V + column)))
-                   : _mm512_setzero_si512();
-  };
-  const auto number = [&](int64_t row, int64_t column) { return row < R ? bits(x[row * V + column]) : 0; };
-  for (int64_t pair = 0; pair < pairs; pair += 16) {
-    int64_t column = 0;
-    for (; column + 16 <= columns; column += 16) {
-      __m512i block[16];
-      for (int i = 0; i < 16; ++i) {
-        block[i] = entkd::zip(half(2 * (pair + i), column), half(2 * (pair + i) + 1, column), 0);
-      }
-      entkd::transpose(block);
-      for (int i = 0; i < 16; ++i) {
-        _mm512_storeu_si512(panel + (column + i) * pairs + pair, block[i]);
-      }
-    }
-    for (; column < columns; ++column) {
-      for (int64_t p = pair; p < pair + 16; ++p) {
-        panel[column * pairs + p] = number(2 * p, column) | number(2 * p + 1, column) << 16;
-      }
-    }
-  }
-}
 
 // out (R, V) = hidden (R, D) · weightᵀ (D, V)
 template <typename Weight>
@@ -117,7 +39,7 @@ void logits(const BFloat16* hidden, const Weight* weight, float* out, int64_t R,
     for (int64_t index = first; index < last; ++index) {
       const int64_t start = index * kVocabulary;
       const int64_t rows = std::min(kVocabulary, V - start);
-      pair_columns(weight + start * D, rows, D, panel.get());
+      pair_columns(weight + start * D, rows, D, panel.get(), kVocabulary);
       for (int64_t token = 0; token < R; token += kTokens) {
         brgemm(
             std::min(kTokens, R - token), rows, D, D, kVocabulary, V, /*add_C=*/false, hidden + token * D,

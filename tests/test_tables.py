@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Namespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from fake_results import FACTORIAL, fake_items, fake_results, fake_scores, fake_
 from scipy import stats
 
 from entkd.errors import UserError
-from entkd.tables import make_tables
+from entkd.tables import arms, make_tables
 from entkd.tables.latex import latex_escape
 
 COLUMNS = [
@@ -582,3 +583,16 @@ def test_imports_no_torch() -> None:
     heavy = ("torch", "transformers", "datasets", "lm_eval")
     code = f"import sys, entkd.tables; sys.exit(any(name in sys.modules for name in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_arm_that_diverges_says_nothing_of_what_the_others_could_show() -> None:
+    def of(variances: list[float]) -> float:
+        found = [Namespace(n_seeds=3, seed_variance=variance) for variance in variances]
+        return arms._pooled_variance(pd.Series(found))
+
+    ordinary = list(np.random.default_rng(0).chisquare(2, 25) / 2)
+    assert of(ordinary) == pytest.approx(1.0, rel=0.5)  # it estimates the variance, 1
+    many = list(np.random.default_rng(1).chisquare(2, 100_001) / 2)
+    assert of(many) == pytest.approx(1.0, rel=0.02)
+    assert of([*ordinary, 1e4]) < 1.2 * of(ordinary)
+    assert math.isnan(arms._pooled_variance(pd.Series([Namespace(n_seeds=1, seed_variance=math.nan)])))

@@ -197,4 +197,4 @@ def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
     if reach.empty or reach.max() == 0:
         return 1.0
     bulk = float(reach.quantile(0.7))
-    return 1.08 * float(reach[reach <= 8 * bulk].max())
+    return 1.08 * float(reach[reach <= 4 * bulk].max())

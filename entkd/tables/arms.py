@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from entkd.names import COMPONENTS, FIDELITY, GAP_CLOSED
 from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
@@ -138,9 +139,14 @@ def _declared(settings: dict[str, Any], effects: pd.DataFrame) -> dict[tuple[str
 
 
 def _pooled_variance(differences: pd.Series[Any]) -> float:
-    """Variance over seeds of a paired difference, pooled over the arms of a task."""
-    known = [(d.n_seeds - 1, d.seed_variance) for d in differences if d.n_seeds > 1]
-    return sum(df * variance for df, variance in known) / sum(df for df, _ in known) if known else math.nan
+    """Variance over seeds of a paired difference, pooled over the arms of a task.
+
+    By the median, each divided by that of χ²/df, and not by the mean: one arm that diverges in one seed would say of
+    all others that nothing about them can be known.
+    """
+    counts = [(d.seed_variance, d.n_seeds - 1) for d in differences if d.n_seeds > 1]
+    known = [variance * df / float(stats.chi2.median(df)) for variance, df in counts]
+    return float(np.median(known)) if known else math.nan
 
 
 def _detectable(d: Difference, seed_variance: float, level: float, power: float) -> float:

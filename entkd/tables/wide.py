@@ -172,8 +172,8 @@ def _arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]
         "p as small as that.",
         f"▲ better, ▼ worse: claimed because p < {analysis['alpha']:g} after Holm's correction. Without a mark the "
         "difference is not shown; mdd is the smallest true difference that this design would claim with "
-        f"{_percent(analysis['power'])} power whatever the other tests give. Where it is larger than any real "
-        "difference, this many seeds of a single arm cannot claim.",
+        f"{_percent(analysis['power'])} power whatever the other tests give, at the noise of a typical arm "
+        "(the median). Where it is larger than any real difference, this many seeds of a single arm cannot claim.",
     ]
     if counts == [1]:
         notes.append("With one seed no claim about the method is possible: intervals are over items alone.")

@@ -18,12 +18,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from entkd.cache import growing_cache
 from entkd.progress import Progress
 from entkd.reordered import reordered_weights
+from entkd.softmax import argmax
 
 _COMPACT_BELOW = 0.875
 """Finished rows leave when no more than this share of the batch is still running: leaving copies the cache."""
 
 _CHUNK = 256
-"""Tokens whose probabilities are summed together before sampling, or whose largest logit is found together."""
+"""Tokens whose probabilities are summed together before sampling."""
 
 _ROWS = 4
 """Rows that are sampled together: their probabilities, in fp32 and fp64, stay in a core's cache."""
@@ -188,7 +189,7 @@ def choose(
     nucleus and drawn again if not, which needs no sorting and is exact.
     """
     if temperature == 0:
-        return _argmax(logits_BV) if logits_BV.device.type == "cpu" else logits_BV.argmax(-1).cpu()
+        return argmax(logits_BV).cpu()
     logits_BV = logits_BV.cpu()
     tokens_B = torch.full((len(logits_BV),), -1)
     pending = torch.arange(len(logits_BV))
@@ -206,17 +207,6 @@ def choose(
     return tokens_B
 
 
-def _argmax(logits_BV: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row, the first of several: the largest logit of each chunk, then within one.
-
-    PyTorch's argmax on a CPU takes several times as long as its amax, and in bf16 longer than a conversion to fp32.
-    """
-    logits_BCK = _in_chunks(logits_BV, -torch.inf)
-    chunk_B = logits_BCK.amax(-1).float().argmax(-1)
-    logits_BK = logits_BCK[torch.arange(len(logits_BV)), chunk_B]
-    return chunk_B * _CHUNK + logits_BK.float().argmax(-1)
-
-
 def _in_nucleus(probs_BV: torch.Tensor, tokens_B: torch.Tensor, top_p: float) -> torch.Tensor:
     """Whether the tokens that are more probable than a row's token have less mass than ``top_p``."""
     if top_p == 1:
@@ -231,21 +221,15 @@ def _invert(probs_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     In two levels: sums of chunks, then one chunk's tokens. A running sum over the vocabulary in fp64 is a tenth of a
     decoding step; sums of chunks are nearly free.
     """
-    probs_BCK = _in_chunks(probs_BV, 0.0)
+    rest = -probs_BV.shape[1] % _CHUNK
+    padded_BV = torch.nn.functional.pad(probs_BV, (0, rest)) if rest else probs_BV
+    probs_BCK = padded_BV.view(len(probs_BV), -1, _CHUNK)
     cdf_BC = probs_BCK.sum(-1, dtype=torch.float64).cumsum(-1)
     wanted_B1 = uniform_B[:, None] * cdf_BC[:, -1:]
     chunk_B1 = _first_above(cdf_BC, wanted_B1)
     before_B1 = torch.where(chunk_B1 > 0, cdf_BC.gather(1, (chunk_B1 - 1).clamp_min(0)), 0.0)
     cdf_BK = probs_BCK[torch.arange(len(probs_BV)), chunk_B1[:, 0]].cumsum(-1, dtype=torch.float64)
     return (chunk_B1 * _CHUNK + _first_above(cdf_BK, wanted_B1 - before_B1))[:, 0]
-
-
-def _in_chunks(values_BV: torch.Tensor, filler: float) -> torch.Tensor:
-    """(B, C, K) the values of each row in chunks, the last of them filled up."""
-    rest = -values_BV.shape[1] % _CHUNK
-    if rest:
-        values_BV = torch.nn.functional.pad(values_BV, (0, rest), value=filler)
-    return values_BV.view(len(values_BV), -1, _CHUNK)
 
 
 def _first_above(cdf_BC: torch.Tensor, wanted_B1: torch.Tensor) -> torch.Tensor:

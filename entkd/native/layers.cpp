@@ -20,13 +20,13 @@ namespace {
 constexpr int64_t kGrain = 1 << 14; // numbers that are worth a thread of their own
 
 // Numbers as fp32; lanes beyond `lanes` are 0.
-inline __m512 numbers(const float* x, __mmask16 lanes) {
+inline __m512 wide(const float* x, __mmask16 lanes) {
   return _mm512_maskz_loadu_ps(lanes, x);
 }
 
-inline __m512 numbers(const BFloat16* x, __mmask16 lanes) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+inline __m512 wide(const BFloat16* x, __mmask16 lanes) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 
 inline __m512 sigmoid(__m512 x) {
@@ -51,14 +51,15 @@ void entkd_rms_norm(
       const float* row = x + r * D;
       __m512 sum = _mm512_setzero_ps();
       for (int64_t d = 0; d < D; d += kLanes) {
-        const __m512 own = numbers(row + d, first_lanes(D - d));
+        const __m512 own = wide(row + d, first_lanes(D - d));
         sum = _mm512_fmadd_ps(own, own, sum);
       }
       inverse[r] = 1.0f / std::sqrt(_mm512_reduce_add_ps(sum) / static_cast<float>(D) + epsilon);
       const __m512 factor = _mm512_set1_ps(inverse[r]);
       for (int64_t d = 0; d < D; d += kLanes) {
         const __mmask16 lanes = first_lanes(D - d);
-        store(out + r * D + d, lanes, _mm512_mul_ps(numbers(weight + d, lanes), _mm512_mul_ps(factor, numbers(row + d, lanes))));
+        const __m512 normed = _mm512_mul_ps(factor, wide(row + d, lanes));
+        store(out + r * D + d, lanes, _mm512_mul_ps(wide(weight + d, lanes), normed));
       }
     }
   });
@@ -78,16 +79,16 @@ void entkd_rms_norm_gradient(
       __m512 sum = _mm512_setzero_ps();
       for (int64_t d = 0; d < D; d += kLanes) {
         const __mmask16 lanes = first_lanes(D - d);
-        const __m512 of_normed = numbers(slope + d, lanes), normed = _mm512_mul_ps(factor, numbers(row + d, lanes));
+        const __m512 of_normed = wide(slope + d, lanes), normed = _mm512_mul_ps(factor, wide(row + d, lanes));
         const __m512 product = _mm512_mul_ps(of_normed, normed);
-        store(own.data() + d, lanes, _mm512_add_ps(numbers(own.data() + d, lanes), product));
-        sum = _mm512_fmadd_ps(numbers(weight + d, lanes), product, sum);
+        store(own.data() + d, lanes, _mm512_add_ps(wide(own.data() + d, lanes), product));
+        sum = _mm512_fmadd_ps(wide(weight + d, lanes), product, sum);
       }
       const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / static_cast<float>(D));
       for (int64_t d = 0; d < D; d += kLanes) {
         const __mmask16 lanes = first_lanes(D - d);
-        const __m512 h = _mm512_mul_ps(numbers(weight + d, lanes), numbers(slope + d, lanes));
-        const __m512 normed = _mm512_mul_ps(factor, numbers(row + d, lanes));
+        const __m512 h = _mm512_mul_ps(wide(weight + d, lanes), wide(slope + d, lanes));
+        const __m512 normed = _mm512_mul_ps(factor, wide(row + d, lanes));
         store(of_x + r * D + d, lanes, _mm512_mul_ps(factor, _mm512_fnmadd_ps(normed, mean, h)));
       }
     }
@@ -105,8 +106,8 @@ void entkd_swiglu(const BFloat16* gate, const BFloat16* up, BFloat16* out, int64
   at::parallel_for(0, (N + kLanes - 1) / kLanes, kGrain / kLanes, [&](int64_t first, int64_t last) {
     for (int64_t i = first * kLanes; i < std::min(N, last * kLanes); i += kLanes) {
       const __mmask16 lanes = first_lanes(N - i);
-      const __m512 a = numbers(gate + i, lanes);
-      store(out + i, lanes, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid(a)), numbers(up + i, lanes)));
+      const __m512 a = wide(gate + i, lanes);
+      store(out + i, lanes, _mm512_mul_ps(_mm512_mul_ps(a, sigmoid(a)), wide(up + i, lanes)));
     }
   });
 }
@@ -117,9 +118,9 @@ void entkd_swiglu_gradient(
   at::parallel_for(0, (N + kLanes - 1) / kLanes, kGrain / kLanes, [&](int64_t first, int64_t last) {
     for (int64_t i = first * kLanes; i < std::min(N, last * kLanes); i += kLanes) {
       const __mmask16 lanes = first_lanes(N - i);
-      const __m512 a = numbers(gate + i, lanes), g = numbers(gradient + i, lanes), s = sigmoid(a);
+      const __m512 a = wide(gate + i, lanes), g = wide(gradient + i, lanes), s = sigmoid(a);
       const __m512 slope = _mm512_mul_ps(s, _mm512_fmadd_ps(a, _mm512_sub_ps(one, s), one));
-      store(of_gate + i, lanes, _mm512_mul_ps(_mm512_mul_ps(g, numbers(up + i, lanes)), slope));
+      store(of_gate + i, lanes, _mm512_mul_ps(_mm512_mul_ps(g, wide(up + i, lanes)), slope));
       store(of_up + i, lanes, _mm512_mul_ps(g, _mm512_mul_ps(a, s)));
     }
   });
@@ -136,10 +137,10 @@ void entkd_rotate(
       const float *c = cos + row / H * D, *s = sin + row / H * D;
       for (int64_t d = 0; d < half; d += kLanes) {
         const __mmask16 lanes = first_lanes(half - d);
-        const __m512 a = numbers(own + d, lanes), b = numbers(own + half + d, lanes);
-        const __m512 s1 = numbers(s + d, lanes), s2 = numbers(s + half + d, lanes);
-        const __m512 upper = _mm512_mul_ps(a, numbers(c + d, lanes));
-        const __m512 lower = _mm512_mul_ps(b, numbers(c + half + d, lanes));
+        const __m512 a = wide(own + d, lanes), b = wide(own + half + d, lanes);
+        const __m512 s1 = wide(s + d, lanes), s2 = wide(s + half + d, lanes);
+        const __m512 upper = _mm512_mul_ps(a, wide(c + d, lanes));
+        const __m512 lower = _mm512_mul_ps(b, wide(c + half + d, lanes));
         store(out + row * D + d, lanes, back ? _mm512_fmadd_ps(b, s2, upper) : _mm512_fnmadd_ps(b, s1, upper));
         store(out + row * D + half + d, lanes, back ? _mm512_fnmadd_ps(a, s1, lower) : _mm512_fmadd_ps(a, s2, lower));
       }

@@ -42,7 +42,7 @@ class HeadLoss:
     cross_entropy: Tensor | None = None
     """Σ_i CE_i; None without labels."""
     target_cross_entropy: Tensor | None = None
-    """Σ_i -Σ_v p_iv log q_iv with p of the mixed teacher, no weights; None without ``teacher_share``."""
+    """Σ_i -Σ_v p_iv log q_iv with p of the mixed teacher, over all tokens alike; None without ``teacher_share``."""
     temperature_gradient: Tensor | None = None
     """Σ_i w_i d[s(T_i) D_i]/dT_i; None where it was not asked for."""
 
@@ -78,8 +78,8 @@ def linear_divergence(
     divergence
         A name in ``entkd.divergences.DIVERGENCES``.
     temperature_N, weight_N
-        (N,) temperatures and weights, 1 where absent; never differentiated. Tokens of weight 0 are left out, so that
-        nothing in their rows, NaN included, matters.
+        (N,) temperatures and weights, 1 where absent; never differentiated. On a CPU tokens of weight 0 are left out,
+        so that nothing in their rows, NaN included, matters; elsewhere they have gradient 0, but must be finite.
     token_weight
         A further factor of the weights, formed inside the tile from the student's entropy at T = 1 and the divergence.
     t2
@@ -167,9 +167,9 @@ def linear_distillation(
     if len(given) != len(student_hidden_ND):
         raise ValueError(f"{len(student_hidden_ND)} student tokens but {len(given)} teacher tokens")
     # Tokens of weight 0 are left out and not multiplied by 0: what is in their rows, NaN included, must not matter.
-    # They stay where others need them, and on a GPU, where counting them would make the host wait.
+    # They stay where something else reads them, and on a GPU, where counting them would make the host wait.
     kept_K = None
-    alone = labels_N is None and distance_slope_N is None
+    alone = labels_N is None and distance_slope_N is None and teacher_share is None
     if weight_N is not None and alone and weight_N.device.type == "cpu":
         kept_K = weight_N.detach().nonzero().squeeze(-1)
     if kept_K is not None and len(kept_K) == len(given):

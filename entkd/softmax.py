@@ -101,6 +101,12 @@ def sparse_value_and_gradient(
     return write_scaled(value_R1, slope_RV.scatter_add_(1, ids_RK, -mass_RK), scale_R1, gradient_RV)
 
 
+def soft_cross_entropy(student_RV: Tensor, teacher_RV: Tensor) -> Tensor:
+    """(R,) nats of -Σ_v p_v log q_v, p of the teacher's logits and q of the student's."""
+    log_q_RV, log_p_RV = log_softmax(student_RV, "log q"), log_softmax(teacher_RV, "log p")
+    return -exp(log_p_RV, out=log_p_RV).mul_(log_q_RV).sum(-1)
+
+
 def entropy(logits_RV: Tensor) -> Tensor:
     """(R,) nats of softmax(logits)."""
     log_q_RV = log_softmax(logits_RV, "log q")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from entkd import hellinger
 from entkd.kernels import temperature_derivative, value_and_gradient
-from entkd.softmax import entropy, in_full, sparse_value_and_gradient
+from entkd.softmax import entropy, in_full, soft_cross_entropy, sparse_value_and_gradient
 from entkd.sparse import SparseTarget
 
 TokenWeight = Callable[[Tensor, Tensor, slice | Tensor], Tensor]
@@ -82,7 +82,7 @@ class TokenLoss:
             student_RV, teacher_RV = in_full(student_RV, "piece of logits"), in_full(teacher_RV, "piece of targets")
         temperature_R1 = None if self.temperature_N is None else _column(self.temperature_N, rows, dtype)
         entropy_R = None if self.token_weight is None else entropy(student_RV)
-        target_entropy_R = slope_R1 = distance_gradient_RV = None
+        target_ce_R = slope_R1 = distance_gradient_RV = None
         if moves_distance and self.distance_slope_N is not None:  # before the divergence overwrites the logits
             distance_slope_R1 = _column(self.distance_slope_N, rows, dtype)
             distance_gradient_RV = hellinger.gradient(student_RV, teacher_RV).mul_(gradient_factor * distance_slope_R1)
@@ -90,7 +90,11 @@ class TokenLoss:
         if self.teacher_share is not None:
             share = self.teacher_share.to(dtype)
             teacher_RV.mul_(share).add_(student_RV * (1 - share))
-            target_entropy_R = entropy(teacher_RV if temperature_R1 is None else teacher_RV / temperature_R1)
+            # Not the divergence and the entropy of p: tokens of weight 0 count here, and have no divergence.
+            logits = (student_RV, teacher_RV)
+            if temperature_R1 is not None:
+                logits = (student_RV / temperature_R1, teacher_RV / temperature_R1)
+            target_ce_R = soft_cross_entropy(*logits)
         if self.wants_temperature_gradient:
             assert temperature_R1 is not None
             slope_R1 = temperature_derivative(student_RV, teacher_RV, temperature_R1, self.divergence, self.t2)
@@ -129,8 +133,8 @@ class TokenLoss:
         if distance_gradient_RV is not None and gradient_RV is not None:
             gradient_RV.add_(distance_gradient_RV)
         sums = [value_R1.sum() if scale_R1 is None else (value_R1 * scale_R1).sum()]
-        if target_entropy_R is not None:  # unweighted, as the released code measures it
-            sums.append((value_R1.squeeze(-1) + target_entropy_R).sum())
+        if target_ce_R is not None:  # unweighted, as the released code measures it
+            sums.append(target_ce_R.sum())
         if slope_R1 is not None:
             sums.append(slope_R1.sum() if weight_R1 is None else (slope_R1 * weight_R1).sum())
         return torch.stack(sums)

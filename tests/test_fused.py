@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from references import formulas
+from references import formulas, methods
 
 import entkd.closeness
 import entkd.fused
@@ -148,6 +148,28 @@ def test_tokens_of_weight_zero_change_nothing_even_as_nan(name):
     broken[0][5], broken[2][12], temperatures[0] = math.nan, math.inf, math.nan
     keywords = {"divergence": name, "temperature_N": temperatures, "weight_N": weights}
     assert_close(run(broken, **keywords), expected, 1e-5)
+
+
+@pytest.mark.parametrize("labels", [None, torch.arange(N)])
+@pytest.mark.parametrize("softened", [False, True])
+def test_the_loss_that_moves_taids_t_does_not_depend_on_weights(labels, softened):
+    tensors, (temperatures, weights) = problem(torch.float64), extras(torch.float64)
+    temperatures = temperatures if softened else torch.ones_like(temperatures)
+    students, teachers = ((h @ w.T).numpy() for h, w in (tensors[:2], tensors[2:]))
+    expected = 0.0
+    for student, teacher, t in zip(students, teachers, temperatures.tolist(), strict=True):
+        target = methods.taid_target(student, teacher, 0.3) / t
+        expected -= formulas.softmax(target) @ np.log(formulas.softmax(student / t))
+    weights[2:9] = 0
+    for weight_N in (None, weights, torch.zeros(N)):
+        found = linear_distillation(
+            *tensors,
+            labels_N=labels,
+            weight_N=weight_N,
+            temperature_N=temperatures if softened else None,
+            teacher_share=torch.tensor(0.3, dtype=torch.float64),
+        )
+        assert found.target_cross_entropy.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_vocabularies_that_do_not_fit_are_refused():

@@ -186,6 +186,14 @@ class Method(Settings):
         return self
 
     @property
+    def trained_divergence(self) -> tuple[str, dict[str, Any]] | None:
+        """Name and settings of the divergence that is trained: the method's, unless its approach has one of its own."""
+        if self.divergence is None:
+            return None
+        name, settings = self.divergence.name, self.divergence.parameters()
+        return (name, settings) if self.approach is None else self.approach.divergence(name, settings)
+
+    @property
     def needs_difficulty(self) -> bool:
         """Whether any term reads the per-token difficulty."""
         return self.curriculum is not None or self.temperature is not None or self.features is not None

@@ -107,15 +107,13 @@ class Objective(nn.Module):
         weight_VD = output_weight(self.student)
         terms: dict[str, Tensor] = {}
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        if method.divergence is not None:
+        if method.divergence is not None and method.trained_divergence is not None:
             teacher = micro.teacher()
             assert teacher is not None
             # Sparse targets are at T = 1, and `TeacherTargets` has refused methods of other temperatures.
             sparse = teacher if isinstance(teacher, SparseTarget) else None
             factors = self._factors(micro, hidden_ND, teacher, positions, selected)
-            name, settings = method.divergence.name, method.divergence.parameters()
-            if method.approach is not None:
-                name, settings = method.approach.divergence(name, settings)
+            name, settings = method.trained_divergence
             asked = method.approach.terms if method.approach is not None else ()
             # One projection of the student serves both terms.
             head = linear_distillation(

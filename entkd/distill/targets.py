@@ -20,7 +20,7 @@ from torch import Tensor
 from entkd.components import token_plan
 from entkd.config import Features, Method
 from entkd.config.folders import layer_pairs_problem
-from entkd.config.method import JSD, TVD, Divergence, SkewReverseKL
+from entkd.config.method import TVD
 from entkd.config.signals import lacking_distribution
 from entkd.data import Corpus
 from entkd.data.packing import Batch
@@ -32,13 +32,15 @@ from entkd.signals import SignalStore
 from entkd.sparse import SparseTarget
 
 
-def contains_reverse_kl(divergence: Divergence) -> bool:
-    """Whether there is a KL(q‖p) term, infinite where the teacher gives a token probability zero."""
-    if isinstance(divergence, JSD):
-        return divergence.beta == 1
-    if isinstance(divergence, SkewReverseKL):
-        return divergence.alpha == 0
-    return divergence.name in ("reverse_kl", "todi", "adaptive_kl")
+def infinite_at_zero(method: Method) -> str | None:
+    """Key and name of what trains a KL(q‖p), which is infinite where the teacher gives a token probability 0."""
+    if method.divergence is None or method.trained_divergence is None:
+        return None
+    name, settings = method.trained_divergence
+    finite = {"jsd": settings.get("beta") != 1, "skew_reverse_kl": settings.get("alpha") != 0}
+    if finite.get(name, name not in ("reverse_kl", "todi", "adaptive_kl", "bdkd")):
+        return None
+    return f"divergence: {name}" if name == method.divergence.name else f"approach: {name}"
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,10 @@ class TeacherTargets:
         self.split = store.split("train")
         check_same_data(store, data, signals)
         self._corpus = corpus
-        if method.divergence is not None and contains_reverse_kl(method.divergence) and store.has_inf_logits:
+        infinite = infinite_at_zero(method)
+        if infinite and store.has_inf_logits:
             raise UserError(
-                f"method.divergence: {method.divergence.name} contains KL(q‖p), which is infinite for this teacher: "
+                f"method.{infinite} contains KL(q‖p), which is infinite for this teacher: "
                 "it gives some tokens a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
             )
         if self.split.is_sparse:

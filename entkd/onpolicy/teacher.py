@@ -18,7 +18,7 @@ from entkd.config import Method, Signals
 from entkd.data.packing import Batch
 from entkd.distill.flops import trunk_flops_per_token
 from entkd.distill.micro_batch import Teacher
-from entkd.distill.targets import TeacherTargets, contains_reverse_kl
+from entkd.distill.targets import TeacherTargets, infinite_at_zero
 from entkd.errors import UserError
 from entkd.signals import SignalStore
 from entkd.signals.teacher_pass import TILE_ELEMENTS, TeacherPass
@@ -97,10 +97,10 @@ class OnlineTeacher:
             raise UserError(
                 "teacher: NaN or infinite output on text that the student wrote; run with teacher.precision: fp32"
             )
-        divergence = self._method.divergence
-        if has_inf_logits and divergence is not None and contains_reverse_kl(divergence):
+        infinite = infinite_at_zero(self._method)
+        if has_inf_logits and infinite:
             raise UserError(
-                f"method.divergence: {divergence.name} contains KL(q‖p), which is infinite for this teacher: it gives "
+                f"method.{infinite} contains KL(q‖p), which is infinite for this teacher: it gives "
                 "tokens of the student's text a logit of -inf; use forward_kl, jsd, skew_kl, alpha_beta or tvd"
             )
         features = tuple(captured[layer].to(torch.bfloat16) for layer in layers)

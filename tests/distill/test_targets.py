@@ -108,8 +108,9 @@ def test_refusals_name_the_setting(tiny, tmp_path: Path) -> None:
         {"name": "jsd", "beta": 1.0},
         {"name": "skew_reverse_kl", "alpha": 0},
     )
-    for divergence in refused:
-        method = Method.model_validate({"divergence": divergence})
+    bdkd = {"divergence": "forward_kl", "approach": "bdkd"}  # holds the reverse KL, whatever its base is called
+    for settings in (*({"divergence": divergence} for divergence in refused), bdkd):
+        method = Method.model_validate(settings)
         with pytest.raises(UserError, match=r"contains KL\(q‖p\)"):
             TeacherTargets(method, tmp_path / "manifest.json", tiny.data, corpus, 0)
     for divergence in ("jsd", "skew_reverse_kl", "tvd", "forward_kl"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -28,6 +28,27 @@ class Settings(BaseModel):
                 if isinstance(value, bool) and field is not None and field.annotation is not bool:
                     raise ValueError(f"{key}: {str(value).lower()} is allowed only where true or false is asked for")
         return values
+
+    def idle(self) -> dict[str, str]:
+        """Keys that mean nothing beside the other settings, and beside which."""
+        return {}
+
+    @model_validator(mode="after")
+    def _every_key_means_something(self) -> Settings:
+        # At their defaults such keys are harmless: settings that were written whole are read again.
+        for key, why in self.idle().items():
+            if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
+                raise ValueError(f"`{key}` means nothing with `{why}`; remove it (`{key}: null` in an arm)")
+        return self
+
+
+def idle_keys(settings: Settings, path: str = "") -> Iterator[str]:
+    """Dotted paths of all `Settings.idle` keys, those of settings within included."""
+    yield from (f"{path}{key}" for key in settings.idle())
+    for key in type(settings).model_fields:
+        value = getattr(settings, key)
+        if isinstance(value, Settings):
+            yield from idle_keys(value, f"{path}{key}.")
 
 
 class Sparing(Settings):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from entkd.config import Arm, Experiment, Method, jobs, load_experiment
+from entkd.config import DIVERGENCE_NAMES, Arm, Experiment, Method, jobs, load_experiment
 from entkd.config.arms import resolve_arms
 from entkd.config.errors import ConfigError
 from entkd.config.folders import layer_pairs_problem
@@ -58,12 +58,53 @@ def test_new_keys_are_written_and_read_again() -> None:
         ({"layers": [[0, -1]]}, "greater than or equal to 0"),
         ({"layers": [[0, 1, 2]]}, "at most 2"),
         ({"threshold_end": 1.5}, "less than or equal to 1"),
-        ({"threshold_end": 0.5, "tokens": "all"}, "threshold_end means nothing with `tokens: all`"),
+        ({"threshold_end": 0.5, "tokens": "all"}, "`threshold_end` means nothing with `tokens: all`"),
+        ({"threshold": 0.5, "tokens": "all"}, "`threshold` means nothing with `tokens: all`"),
+        ({"projector_lr": 1e-2, "projector": "identity"}, "`projector_lr` means nothing with `projector: identity`"),
     ],
 )
 def test_features_that_mean_nothing_are_refused(features: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         Method.model_validate({"divergence": "forward_kl", "features": features})
+
+
+@pytest.mark.parametrize(
+    ("patch", "problem"),
+    [
+        ({"curriculum": {"shape": "window", "kappa": -0.8}}, "`kappa` means nothing with `shape: window`"),
+        ({"curriculum": {"window": 0.5}}, "`window` means nothing with `shape: soft`"),
+        ({"curriculum": {"shape": "exp", "window": 0.5}}, "`window` means nothing with `shape: exp`"),
+        ({"approach": {"name": "adakd", "parts": "focusing", "tempering": {"c": 1}}}, "`tempering` means nothing"),
+        ({"approach": {"name": "adakd", "parts": "focusing", "detach": False}}, "`detach` means nothing"),
+        ({"approach": {"name": "adakd", "parts": "tempering", "focusing": {"least": 0}}}, "`focusing` means nothing"),
+        (
+            {"approach": {"name": "taid", "adaptive": False, "alpha": 0.1}},
+            "`alpha` means nothing with `adaptive: false`",
+        ),
+        ({"approach": {"name": "taid", "adaptive": False, "variant": "paper"}}, "`variant` means nothing"),
+    ],
+)
+def test_keys_that_mean_nothing_are_refused(patch: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Method.model_validate({"divergence": "forward_kl"} | patch)
+
+
+def test_keys_that_mean_nothing_are_read_again_where_settings_were_written_whole() -> None:
+    for patch in ({"curriculum": {"shape": "window"}}, {"approach": {"name": "adakd", "parts": "focusing"}}):
+        method = Method.model_validate({"divergence": "forward_kl"} | patch)
+        assert Method.model_validate_json(method.model_dump_json()) == method
+
+
+def test_a_difficulty_that_nothing_reads_makes_no_other_arm() -> None:
+    method = Method.model_validate({"divergence": "forward_kl"})
+    for tokens, same in (("all", True), ("random", True), ("hard", False), ("easy", False)):
+        plain = {"features": {"tokens": tokens}}
+        arms = {"plain": Arm(**plain), "permuted": Arm(**plain, difficulty={"source": "permuted"})}
+        if same:
+            with pytest.raises(ValueError, match=r"arms\.permuted: the same experiment as arms\.plain"):
+                resolve_arms(method, arms, {})
+        else:
+            assert len(resolve_arms(method, arms, {})) == 2
 
 
 def test_points_of_the_method_make_room_for_layers_of_an_arm() -> None:
@@ -195,6 +236,19 @@ def test_the_fixed_temperature_is_the_mean_of_full() -> None:
     assert fixed.c == 0
     assert fixed.base == pytest.approx(full.base * math.sinh(full.c) / full.c, abs=5e-5)
     assert fixed.t2 == full.t2
+
+
+def test_divergences_are_the_baselines_alone_and_with_all_components() -> None:
+    experiment, baselines = (
+        load_experiment(CONTROLS.with_name(f"{name}.yaml")) for name in ("divergences", "baselines")
+    )
+    for name in ("teacher", "data", "signals", "student", "training", "suites", "seeds"):
+        assert getattr(experiment, name) == getattr(baselines, name), name
+    assert experiment.analysis == baselines.analysis.model_copy(update={"reference": "forward_kl"})
+    alone = {name: Method(divergence={"name": name}) for name in DIVERGENCE_NAMES}
+    on = baselines.resolved_arms["full"].method
+    full = {f"{name}_full": on.model_copy(update={"divergence": alone[name].divergence}) for name in alone}
+    assert {name: arm.method for name, arm in experiment.resolved_arms.items()} == alone | full
 
 
 def test_controls_and_baselines_are_on_what_the_demo_is_on() -> None:

@@ -78,7 +78,7 @@ class ResolvedArm(Settings):
         Two arms are the same experiment exactly when this and the pipeline are equal.
         """
         terms = {key: value for key, value in self.method.model_dump(mode="json").items() if value is not None}
-        if not self.method.needs_difficulty:
+        if not self.method.reads_difficulty:
             del terms["difficulty"]
         return terms
 

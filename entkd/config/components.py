@@ -71,6 +71,10 @@ class Curriculum(Settings):
     version: Literal[1] = 1
     """Version of the formula."""
 
+    def idle(self) -> dict[str, str]:
+        key = "kappa" if self.shape == "window" else "window"
+        return {key: f"shape: {self.shape}"}
+
     @model_validator(mode="after")
     def _soft_weights_stay_non_negative(self) -> Curriculum:
         if self.shape == "soft" and abs(self.kappa) > 1:
@@ -128,9 +132,11 @@ class Features(Sparing):
             raise ValueError("points and layers both choose the layer pairs; keep one (`points: null` removes it)")
         if self.layers is not None and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers: {[list(pair) for pair in self.layers]} names a pair twice")
-        if self.threshold_end is not None and self.tokens == "all":
-            raise ValueError("threshold_end means nothing with `tokens: all`; remove it")
         return self
+
+    def idle(self) -> dict[str, str]:
+        of_tokens = dict.fromkeys(("threshold", "threshold_end"), "tokens: all") if self.tokens == "all" else {}
+        return of_tokens | ({"projector_lr": "projector: identity"} if self.projector == "identity" else {})
 
     @property
     def lowest_threshold(self) -> float:

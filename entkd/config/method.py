@@ -199,6 +199,12 @@ class Method(Settings):
         return self.curriculum is not None or self.temperature is not None or self.features is not None
 
     @property
+    def reads_difficulty(self) -> bool:
+        """Whether the numbers depend on it: those of features on all tokens or on random ones do not."""
+        others = self.curriculum is not None or self.temperature is not None
+        return others or (self.features is not None and self.features.tokens in ("hard", "easy"))
+
+    @property
     def needs_signals(self) -> bool:
         """Whether the arm reads the teacher signal store."""
         return self.divergence is not None or self.needs_difficulty

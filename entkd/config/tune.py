@@ -22,7 +22,7 @@ from entkd.config.errors import nearest, problems_of, show
 from entkd.config.method import Method
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Slug, Training
-from entkd.settings import Settings
+from entkd.settings import Settings, idle_keys
 
 TRAINING_KEYS = ("lr", "schedule", "warmup", "betas", "weight_decay", "clip")
 """Training settings that may differ between trials: none that changes what a run costs."""
@@ -134,10 +134,17 @@ def _value(key: str, values: tuple[Any, ...], number: int, seed: int) -> Any:
     return sorted(values, key=lambda value: _digest(f"{seed}/tune/{turn}/{key}/{json.dumps(value)}"))[place]
 
 
+def _method_keys(arm: ResolvedArm) -> set[str]:
+    """Dotted keys of an arm's method that mean something there: of others every value trains the same student."""
+    idle = [f"{key}." for key in idle_keys(arm.method, "method.")]
+    keys = leaves({"method": arm.trained_method})
+    return {key for key in keys if not any(f"{key}.".startswith(prefix) for prefix in idle)}
+
+
 def grid_of(tune: Tune, arm: ResolvedArm, patch: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """The keys that count for an arm: it has them, and its own ``patch`` does not set them."""
     own = set(leaves({"method": patch}))
-    has = set(leaves({"method": arm.trained_method})) | {f"training.{name}" for name in TRAINING_KEYS}
+    has = _method_keys(arm) | {f"training.{name}" for name in TRAINING_KEYS}
     return {key: values for key, values in sorted(tune.grids.items()) if key in has - own}
 
 
@@ -177,12 +184,12 @@ def trials_of(
 
 def unused_keys(tune: Tune, arms: Mapping[str, tuple[ResolvedArm, Mapping[str, Any]]]) -> Iterator[str]:
     """One line for each grid key that counts for no tuned arm."""
-    has = {key for arm, _ in arms.values() for key in leaves({"method": arm.trained_method})}
+    has = {key for arm, _ in arms.values() for key in _method_keys(arm)}
     for key in tune.grids:
         if any(key in grid_of(tune, arm, patch) for arm, patch in arms.values()):
             continue
         if key in has:
-            owners = [name for name, (arm, _) in arms.items() if key in leaves({"method": arm.trained_method})]
+            owners = [name for name, (arm, _) in arms.items() if key in _method_keys(arm)]
             yield f"tune.grids: `{key}` is set by every arm that has it ({', '.join(owners)}); remove it here or there"
         else:
             known = sorted(name for name in has if name.rpartition(".")[2] not in FIXED)

@@ -99,6 +99,12 @@ class AdaKD(Approach):
     def moves_temperature(self) -> bool:
         return self.tempers and not self.detach
 
+    def idle(self) -> dict[str, str]:
+        if self.parts == "both":
+            return {}
+        keys = ("tempering", "detach") if self.parts == "focusing" else ("focusing",)
+        return dict.fromkeys(keys, f"parts: {self.parts}")
+
     def problems(self, method: Method) -> Iterator[Problem]:
         if (
             self.moves_temperature

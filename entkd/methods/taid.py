@@ -56,6 +56,9 @@ class TAID(Approach):
             raise ValueError(f"start {self.start:g} is above end {self.end:g}, but t rises")
         return self
 
+    def idle(self) -> dict[str, str]:
+        return {} if self.adaptive else dict.fromkeys(("alpha", "beta", "variant"), "adaptive: false")
+
     def problems(self, method: Method) -> Iterator[Problem]:
         if method.divergence is not None and method.divergence.name != "forward_kl":
             yield "divergence", f"taid trains KL(p_t‖q), not {method.divergence.name}; use forward_kl"

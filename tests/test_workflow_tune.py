@@ -28,7 +28,7 @@ def tuned(change: Callable[[dict], object] = lambda _: None) -> Callable[[dict],
 
 
 def write_experiment(folder: Path, change: Callable[[dict], object]) -> None:
-    """Without the arm that writes text of its own: such arms are not tuned."""
+    """Without the arm that writes text of its own: a budget cannot be planned for it."""
 
     def apply(experiment: dict) -> None:
         del experiment["arms"]["gkd"]
@@ -156,6 +156,25 @@ def test_a_pipeline_on_other_data_is_tuned_on_it(finished: Path) -> None:
     lines = [line for line in (dry.stdout + dry.stderr).splitlines() if "--trial" in line]
     assert len(lines) == 3
     assert all("results/tuning/seqkd/" in line and "--data results/data/json.seqkd " in line for line in lines)
+
+
+def test_trials_of_text_that_the_student_writes_have_the_teacher_read_it(finished: Path) -> None:
+    def change(experiment: dict) -> None:
+        experiment["arms"]["gkd"] = {"pipeline": "onpolicy", "on_policy": "gkd"}
+        experiment["tune"]["arms"].append("gkd")
+        experiment["tune"]["grids"]["method.on_policy.share"] = [0.25, 0.5]
+
+    write_experiment(finished, tuned(change))
+    dry = snakemake_in(finished, "--dry-run", "--printshellcmds")
+    assert dry.returncode == 0, dry.stderr
+    lines = [line for line in (dry.stdout + dry.stderr).splitlines() if "entkd distill" in line]
+    teacher = " --teacher results/teachers/smollm2-135m-instruct "
+    trials = [line for line in lines if "--trial" in line]
+    assert {("/gkd/" in line, teacher in line) for line in trials} == {(True, True)}
+    assert len(trials) == 3
+    runs = [line for line in lines if "--trial" not in line and "/gkd/" in line]
+    assert len(runs) == 2
+    assert all("--patches results/tuning/gkd.json " in line and teacher in line for line in runs)
 
 
 def test_a_pipeline_that_cannot_be_tried_is_refused(finished: Path) -> None:

@@ -147,6 +147,17 @@ def signals_of_arm(wildcards):
     return signals_for(training_data[experiment.resolved_arms[wildcards.arm].pipeline])(wildcards)
 
 
+def teacher_of_trial(wildcards):
+    """The teacher itself, for arms whose training has it read what the student writes."""
+    on_policy = experiment.resolved_arms[wildcards.arm].method.on_policy
+    return "<results>/teachers/<teacher>/manifest.json" if on_policy else []
+
+
+def teacher_option(wildcards, input) -> list[str]:
+    """How a command is told of the input `teacher`, if there is one."""
+    return ["--teacher", str(Path(input.teacher).parent)] if input.teacher else []
+
+
 def measured_budget(arm: str) -> list[str]:
     """The number of steps that an arm's budget of seconds was measured to be, as a patch of its settings."""
     budget = experiment.training.budget

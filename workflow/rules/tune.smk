@@ -36,6 +36,7 @@ rule trial:
         student=initial_student,
         data=data_of_arm,
         signals=signals_of_arm,
+        teacher=teacher_of_trial,
         patches=patches_of_trial,
     output:
         run="<results>/tuning/{arm}/{trial}/seed{seed}/run.json",
@@ -56,12 +57,14 @@ rule trial:
         settings=trial_settings,
         student=subpath(input.student, parent=True),
         data=subpath(input.data, parent=True),
+        teacher=teacher_option,
         folder=subpath(output.run, parent=True),
     shell:
         "entkd distill --trial --settings {params.settings:q} --patches {input.patches:q} --seed {wildcards.seed}"
         " --student {params.student:q}"
         f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
-        " --data {params.data:q} --signals {input.signals:q} --output {params.folder:q} > {log:q} 2>&1"
+        " --data {params.data:q} --signals {input.signals:q} {params.teacher:q}"
+        " --output {params.folder:q} > {log:q} 2>&1"
 
 
 rule choose:

@@ -4,6 +4,8 @@ Requires arms with `pipeline: onpolicy`, the untrained student, the data, the si
 reads what the student writes. Outputs these arms' students.
 """
 
+training_data["onpolicy"] = "<data>"
+
 
 rule onpolicy:
     input:
@@ -11,6 +13,7 @@ rule onpolicy:
         data="<results>/data/<data>/manifest.json",
         signals=signals_for("<data>"),
         teacher="<results>/teachers/<teacher>/manifest.json",
+        patches=patches_of_arm,
     output:
         run="<results>/students/{arm}/seed{seed}/run.json",
         metrics="<results>/students/{arm}/seed{seed}/metrics.jsonl",
@@ -32,8 +35,10 @@ rule onpolicy:
         data=subpath(input.data, parent=True),
         teacher=subpath(input.teacher, parent=True),
         folder=subpath(output.run, parent=True),
+        patches=patches,
     shell:
-        "entkd distill --settings {params.settings:q} --seed {wildcards.seed} --student {params.student:q}"
+        "entkd distill --settings {params.settings:q} --patches {params.patches:q} --seed {wildcards.seed}"
+        " --student {params.student:q}"
         f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
         " --data {params.data:q} --signals {input.signals:q} --teacher {params.teacher:q}"
         " --output {params.folder:q} > {log:q} 2>&1"

@@ -238,6 +238,23 @@ def test_a_missing_or_broken_compiler_is_no_error(environment, message, tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".so", ".o", ".tmp")]
 
 
+@pytest.mark.parametrize("setting", ["AVX2", "AVX512_CORE", "off"])
+@pytest.mark.skipif(not native.available(), reason="no kernels for this CPU")
+def test_where_onednn_is_kept_from_the_instructions_others_do_the_work(setting, monkeypatch):
+    lines = [
+        "import torch, entkd.fused; from entkd import native",
+        f"torch.backends.mkldnn.enabled = {setting != 'off'}",
+        "h, w = (torch.ones(n, 32, dtype=torch.bfloat16, requires_grad=True) for n in (4, 64))",
+        "entkd.fused.linear_divergence(h, w, torch.randn(4, 64)).backward()",
+        "assert not native.available() and torch.isfinite(w.grad).all()",
+    ]
+    if setting != "off":
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", setting)
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == "native: oneDNN's bf16 kernels do not run, so losses take longer\n"
+
+
 def test_all_sources_are_in_the_key_of_the_cache():
     assert {path.name for path in build.FOLDER.glob("*.cpp")} == set(build.SOURCES)
     assert {path.name for path in build.FOLDER.glob("*.h")} == {"simd.h"}

@@ -196,3 +196,7 @@ def test_shapes_that_differ_are_an_error() -> None:
     for wrong in (whole([0, 13], 31), [documents[0]._replace(at_q=torch.arange(5))]):
         with pytest.raises(ValueError, match="documents reach beyond"):
             attention.attention_gradient(query, key, value, gradient, gradient, logsumexp, wrong, *rest)
+    for at_q in (documents[0].at_q.int(), documents[0].at_q + 100):
+        wrong = [documents[0]._replace(at_q=at_q)]
+        with pytest.raises(ValueError, match="must be int64 and among its keys"):
+            attention.attention_gradient(query, key, value, gradient, gradient, logsumexp, wrong, *rest)

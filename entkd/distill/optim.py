@@ -44,9 +44,8 @@ class AdamW(torch.optim.AdamW):
     def in_one_pass(self) -> bool:
         """Whether the kernels do the next step."""
         tensors = [p for group in self.param_groups for p in group["params"]]
-        return native.available() and all(
-            p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in tensors
-        )
+        fit = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in tensors)
+        return fit and native.available()
 
     def scale_gradients(self, parameters: Iterable[Tensor], factor: float) -> None:
         """Multiply these gradients in the next step."""
@@ -69,7 +68,7 @@ class AdamW(torch.optim.AdamW):
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
                 state["step"] += 1
-                native.adamw(
+                done = native.adamw(
                     parameter,
                     state["exp_avg"],
                     state["exp_avg_sq"],
@@ -82,6 +81,8 @@ class AdamW(torch.optim.AdamW):
                     decay=group["weight_decay"],
                     step=int(state["step"]),
                 )
+                if not done:
+                    raise RuntimeError("the kernels refuse a moment or gradient that is not fp32 and contiguous")
                 written(parameter)
         return None
 

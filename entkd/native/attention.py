@@ -62,6 +62,9 @@ def attention_gradient(
         for queries, keys, at_q in documents
     ):
         raise ValueError(f"documents reach beyond {Q} queries or {K} keys, or have another number of them")
+    for _, keys, at_q in documents:
+        if at_q.dtype != torch.int64 or (len(at_q) and int(at_q[-1]) >= keys.stop - keys.start):
+            raise ValueError(f"a document's queries see up to {at_q}, which must be int64 and among its keys, {keys}")
     rows = [(queries.start, len(at_q), keys.start, keys.stop - keys.start) for queries, keys, at_q in documents]
     if rows and D:
         strides = torch.tensor([stride for each in by_token for stride in each.stride()[1:3]])

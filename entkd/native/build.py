@@ -62,6 +62,9 @@ def library() -> ctypes.CDLL | None:
     for name, arguments in _ARGUMENTS.items():
         getattr(found, name).argtypes = arguments
         getattr(found, name).restype = None
+    if not found.entkd_runs():
+        print(f"{FOLDER.name}: oneDNN's bf16 kernels do not run, so losses take longer", file=sys.stderr, flush=True)
+        return None
     return found
 
 

@@ -12,6 +12,7 @@
 #include <ATen/native/CPUBlas.h>
 
 #include <algorithm>
+#include <exception>
 #include <memory>
 #include <vector>
 
@@ -121,6 +122,19 @@ void weight_gradient(
 } // namespace
 
 extern "C" {
+
+// Whether brgemm runs here: it throws where oneDNN is off or kept from the instructions, and nothing may be thrown into
+// Python.
+int32_t entkd_runs() {
+  try {
+    const std::vector<BFloat16> operand(kTile * kTile);
+    std::vector<float> out(kTile * kTile);
+    logits(operand.data(), operand.data(), out.data(), kTile, kTile, kTile);
+    return 1;
+  } catch (const std::exception&) {
+    return 0;
+  }
+}
 
 void entkd_logits(
     const BFloat16* hidden, const void* weight, int32_t fp32_weight, float* out, int64_t R, int64_t V, int64_t D) {

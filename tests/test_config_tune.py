@@ -206,6 +206,21 @@ def test_bad_tuning_is_refused_with_a_reason(tune: dict, message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("arm", "key", "values"),
+    [
+        ({"curriculum": {"shape": "exp"}}, "method.curriculum.window", [0.1, 0.2, 0.3, 0.4]),
+        ({"curriculum": {"shape": "window"}}, "method.curriculum.kappa", [0.2, 0.4, 0.6, 0.8]),
+        ({"approach": {"name": "adakd", "parts": "focusing"}}, "method.approach.tempering.c", [0.2, 0.3, 0.4, 0.5]),
+        ({"features": {"tokens": "random"}}, "method.difficulty.scale", ["rank", "logv"]),
+    ],
+)
+def test_a_key_that_means_nothing_in_an_arm_is_no_key_of_its_grid(arm: dict, key: str, values: list) -> None:
+    # Each of its values would train the same student: trials in number alone.
+    with pytest.raises(ConfigError, match=f"no tuned arm has `{key}`"):
+        changed(arms={"x": arm}, tune={"trials": 4, "grids": LR | {key: values}, "arms": ["x", "kd"]})
+
+
 def test_a_key_that_every_arm_sets_itself_is_pointed_out() -> None:
     arms = {"curriculum": {"curriculum": {"kappa": 0.8}}}
     grids = LR | {"method.curriculum.kappa": [0.4]}
@@ -235,7 +250,37 @@ def test_tuned_experiment_is_the_demo_but_for_its_tuning() -> None:
     demo = changed()
     for block in ("teacher", "data", "signals", "student"):
         assert getattr(experiment, block) == getattr(demo, block), block
-    assert set(experiment.trials) == set(experiment.resolved_arms)
+    every = load_experiment(ROOT / "config/experiments/baselines.yaml").resolved_arms
+    arms = experiment.resolved_arms
+    for name in arms.keys() & every.keys():  # the same arms, where both have them
+        assert arms[name].trained_method == every[name].trained_method, name
+        assert arms[name].pipeline == every[name].pipeline, name
+
+    # One arm of each family of baselines.yaml: components, supervised, sequence-level, divergences, approaches. None of
+    # those whose student writes text, which a budget refuses.
+    approaches = {name: arm.method.approach.name for name, arm in arms.items() if arm.method.approach}
+    assert set(approaches) == {arm.method.approach.name for arm in every.values() if arm.method.approach}
+    assert {"sft", "kd", "full", "seqkd", "reverse_kl", "jsd", "skew_kl"} <= arms.keys() & every.keys()
+    assert not any(arm.method.on_policy for arm in arms.values())
+
+    # As many distinct points for each of them, over every learning rate.
+    assert set(experiment.trials) == set(arms)
+    for name in arms:
+        found = points(experiment, name)
+        assert len({canonical_json(point) for point in found}) == len(found) == 4, name
+        assert {point["training.lr"] for point in found} == set(experiment.tune.grids["training.lr"]), name
+
+    # Every method has keys of its own, no key has two methods, and the published value is among those of each.
+    tried = {name: {key for key in points(experiment, name)[0] if key != "training.lr"} for name in arms}
+    own = {name: keys for name, keys in tried.items() if name in approaches or name in ("jsd", "skew_kl")}
+    assert all(own.values())
+    assert sum(map(len, own.values())) == len(set().union(*own.values()))
+    for name, keys in own.items():
+        for key in keys:
+            value: Any = {"method": arms[name].trained_method}
+            for part in key.split("."):
+                value = value[part]
+            assert value in experiment.tune.grids[key], (name, key)
     different = {"steps", "budget", "lr"}
     theirs, ours = (e.training.model_dump(exclude=different) for e in (demo, experiment))
     assert theirs == ours

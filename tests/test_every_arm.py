@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from evidence import METHODS, ROWS
+from evidence import ROWS
 from methods.cases import CASES
 from tiny_experiment import ROOT, copy_experiment, run
 
@@ -22,23 +22,23 @@ FOCUSING = {"focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}}
 TEXT = {"max_response_tokens": 16}
 DISTILLM = {"name": "distillm", "share": 0.6, "capacity": 12} | TEXT
 ON_POLICY = {"pipeline": "onpolicy", "divergence": "skew_kl"}
+CASES_ALONE = {name: {"divergence": case.divergence, "approach": case.approach} for name, case in CASES.items()}
 CHANGED = {
     "full": FULL,
     # States that move within six steps: by the defaults, LATF would keep all tokens and TAID be at its line.
-    "adakd": {"divergence": "reverse_kl", "approach": {"name": "adakd"} | FOCUSING},
-    "adakd_release": {"approach": {"name": "adakd", "detach": False} | FOCUSING},
-    "adakd_latf": {"divergence": "reverse_kl", "approach": {"name": "adakd", "parts": "focusing"} | FOCUSING},
-    "taid": {"approach": {"name": "taid", "alpha": 0.5}},
-    "taid_paper": {"approach": {"name": "taid", "alpha": 0.5, "variant": "paper"}},
-    "sekd_paper": {"approach": {"name": "sekd", "variant": "paper"}},
+    **{
+        name: CASES_ALONE[name] | {"approach": CASES[name].approach | further}
+        for names, further in (
+            (("adakd", "adakd_forward", "adakd_release", "adakd_latf"), FOCUSING),
+            (("taid", "taid_paper"), {"alpha": 0.5}),
+        )
+        for name in names
+    },
     "gkd": {"pipeline": "onpolicy", "divergence": "jsd", "on_policy": {"name": "gkd"} | TEXT},
     "distillm": ON_POLICY | {"on_policy": DISTILLM},
     "distillm_paper": ON_POLICY | {"on_policy": DISTILLM | {"variant": "paper"}},
 }
 BASELINES = yaml.safe_load((ROOT / "config/experiments/baselines.yaml").read_text(encoding="utf-8"))["arms"]
-CASES_ALONE = {
-    name: {"divergence": case.divergence, "approach": case.approach} for name, case in CASES.items() if name in METHODS
-}
 DIVERGENCES = {
     name + suffix: {"divergence": name} | components
     for name in DIVERGENCE_NAMES[1:]

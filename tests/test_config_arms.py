@@ -62,6 +62,22 @@ def test_changing_one_setting_keeps_the_others() -> None:
     assert (arm.curriculum.kappa, arm.curriculum.shape) == (0.5, "exp")
 
 
+@pytest.mark.parametrize(
+    ("divergence", "problem"),
+    [
+        ({"name": "jsd", "beta": 1e-7}, "beta 1e-07 gives a loss of nearly 0.*use 0, which is forward KL, or 0.01"),
+        ({"name": "jsd", "beta": 0.995}, "use 1, which is reverse KL"),
+        ({"name": "alpha_beta", "alpha": 1e-6}, "greater than or equal to 0.05"),
+        ({"name": "alpha_beta", "beta": 100}, "less than or equal to 4"),
+    ],
+)
+def test_settings_that_would_train_rounding_are_refused(divergence: dict, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Method.model_validate({"divergence": divergence})
+    for beta in (0, 0.01, 0.5, 0.99, 1):
+        Method.model_validate({"divergence": {"name": "jsd", "beta": beta}})
+
+
 def test_another_divergence_replaces_the_name_alone_or_the_whole() -> None:
     method = Method.model_validate({"divergence": {"name": "jsd", "beta": 0.2}})
     assert resolve_arms(method, {"x": Arm(divergence="todi")}, {})["x"].method.divergence.name == "todi"

@@ -131,6 +131,24 @@ def test_local_models_that_do_not_fit(load: Callable[..., Experiment]) -> None:
     assert "student.path: same/tokenizer.json: cannot be read" in refusal(load, teacher=teacher, student=same)
 
 
+def test_identity_between_other_widths_is_refused_before_anything_runs(load: Callable[..., Experiment]) -> None:
+    letters = {"a": 0, "b": 1}
+    teacher = {"source": "local"} | model("teacher", letters, num_hidden_layers=4, hidden_size=32, vocab_size=8)
+    narrow = {"init": "local"} | model("narrow", letters, n_layer=4, n_embd=16, vocab_size=8)
+    unknown = {"init": "local"} | model("unknown", letters, vocab_size=8)
+    arms = {"kd": {}, "as_is": {"features": {"projector": "identity", "points": 1}}}
+    scratch = {"init": "scratch", "config": {"hidden_size": 16}}
+    for student in (narrow, scratch):
+        assert refusal(load, teacher=teacher, student=student, arms=arms) == (
+            "arms.as_is.features.projector: identity needs equal widths; the student has 16 and the teacher 32; "
+            "use linear"
+        )
+    load(teacher=teacher, student=narrow, arms={"kd": {}, "mapped": {"features": {"points": 1}}})
+    for student in ({"layers": [0, 3]}, {"init": "scratch", "config": {"num_hidden_layers": 2}}, unknown):
+        load(teacher=teacher, student=student, arms=arms)
+    assert "has 16 and the teacher 576; use linear" in refusal(load, student=narrow, arms=arms)
+
+
 def test_vocabulary_of_a_unigram_model(load: Callable[..., Experiment]) -> None:
     teacher = {"source": "local"} | model("teacher", vocab_size=2, num_hidden_layers=30)
     unigram = {"model": {"vocab": [["a", -1.5], ["b", -2.0], ["c", -2.5]]}}

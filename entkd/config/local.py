@@ -52,14 +52,16 @@ def _model_problems(experiment: Experiment) -> Iterator[str]:
             known[key] = folders.read_model(folder)
         except UserError as error:
             yield f"{key}.path: {error}"
-    depth = folders.BUNDLED_LAYERS if teacher.source == "bundled" else None
+    bundled = teacher.source == "bundled"
+    depth, width = (folders.BUNDLED_LAYERS, folders.BUNDLED_WIDTH) if bundled else (None, None)
     if "teacher" in known:
-        depth = known["teacher"].layers
+        depth, width = known["teacher"].layers, known["teacher"].width
     if student.init == "layers" and depth is not None:
         problem = folders.layers_problem(student.layers, depth)
         if problem:
             yield problem
     yield from _layer_problems(experiment, depth, _student_depth(experiment, known.get("student"), depth))
+    yield from _width_problems(experiment, width, _student_width(experiment, known.get("student"), width))
     vocabularies = {key: model.vocabulary for key, model in known.items() if model.vocabulary is not None}
     if len(vocabularies) == 2:
         problem = folders.tokenizer_problem(vocabularies["student"], vocabularies["teacher"], str(student.path))
@@ -81,9 +83,19 @@ def _student_depth(experiment: Experiment, known: folders.ModelFolder | None, te
     if student.init == "layers":
         return len(student.layers)
     if student.init == "scratch":
-        depth = student.config.get("num_hidden_layers", student.config.get("n_layer", teacher_depth))
-        return depth if isinstance(depth, int) else None
+        written = any(key in student.config for key in folders.LAYER_KEYS)
+        return folders.whole_number(student.config, folders.LAYER_KEYS) if written else teacher_depth
     return None if known is None else known.layers
+
+
+def _student_width(experiment: Experiment, known: folders.ModelFolder | None, teacher_width: int | None) -> int | None:
+    """The width of the student's hidden states, where it can be known."""
+    student = experiment.student
+    if student.init == "scratch" and any(key in student.config for key in folders.WIDTH_KEYS):
+        return folders.whole_number(student.config, folders.WIDTH_KEYS)
+    if student.init in ("layers", "scratch"):
+        return teacher_width
+    return None if known is None else known.width
 
 
 def _layer_problems(experiment: Experiment, teacher_depth: int | None, student_depth: int | None) -> Iterator[str]:
@@ -97,6 +109,18 @@ def _layer_problems(experiment: Experiment, teacher_depth: int | None, student_d
             problem = folders.layer_pairs_problem(wanted.layers, student_depth, stored)
             if problem:
                 yield f"arms.{arm.name}.features.layers: {problem}"
+
+
+def _width_problems(experiment: Experiment, teacher_width: int | None, student_width: int | None) -> Iterator[str]:
+    """Arms that compare hidden states as they are, where the models have other widths."""
+    if None in (teacher_width, student_width) or teacher_width == student_width:
+        return
+    for arm in experiment.resolved_arms.values():
+        if arm.method.features is not None and arm.method.features.projector == "identity":
+            yield (
+                f"arms.{arm.name}.features.projector: identity needs equal widths; the student has {student_width} and "
+                f"the teacher {teacher_width}; use linear"
+            )
 
 
 def _task_problems(experiment: Experiment) -> Iterator[str]:

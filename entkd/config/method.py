@@ -51,7 +51,17 @@ class JSD(_Divergence):
     name: Literal["jsd"] = "jsd"
     """Which divergence."""
     beta: float = Field(0.5, ge=0, le=1)
-    """Mixture weight of the teacher; 0 is forward KL, 1 is reverse KL."""
+    """Mixture weight of the teacher; 0 is forward KL, 1 is reverse KL, and between them it is 0.01 to 0.99."""
+
+    @model_validator(mode="after")
+    def _mixture_is_one(self) -> JSD:
+        end = round(self.beta)
+        if 0 < abs(self.beta - end) < 0.01:
+            raise ValueError(
+                f"beta {self.beta:g} gives a loss of nearly 0, as its size is that of β(1-β), and rounding; use {end}, "
+                f"which is {'reverse' if end else 'forward'} KL, or 0.01 to 0.99"
+            )
+        return self
 
 
 class SkewKL(_Divergence):
@@ -88,9 +98,10 @@ class AlphaBeta(_Divergence):
 
     name: Literal["alpha_beta"] = "alpha_beta"
     """Which divergence."""
-    alpha: float = Field(0.2, gt=0)
+    # Divided by αβ: below, the value is rounding; far above, powers of probabilities are 0, and nothing is trained.
+    alpha: float = Field(0.2, ge=0.05, le=4)
     """Exponent of the teacher."""
-    beta: float = Field(0.7, gt=0)
+    beta: float = Field(0.7, ge=0.05, le=4)
     """Exponent of the student."""
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import ending_early
 from transformers import PreTrainedTokenizerFast
 
-from entkd.config import JsonData
+from entkd.config import JsonData, Method, Signals, Student, Training
 from entkd.data import Corpus, prepare, read_texts, seqkd
+from entkd.distill import distill
 from entkd.errors import UserError
-from entkd.models import load_model, load_tokenizer, save_model
+from entkd.models import init_student, load_model, load_tokenizer, save_model
+from entkd.signals.write import write_signals
 
 MAX_TOKENS = 24
 
@@ -73,6 +76,37 @@ def test_dev_and_test_are_copied_and_the_origin_noted(folders: tuple[Path, Path,
         assert manifest["splits"][split] == source["splits"][split]
     assert manifest["settings"]["origin"]["pipeline"] == "seqkd"
     assert manifest["splits"]["train"]["response_tokens"] == Corpus.open(output, "train").response_tokens
+
+
+def test_components_that_do_nothing_change_nothing(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Features of no token are all: SeqKD has no divergence that a curriculum or a temperature could shape."""
+    for name in ("curriculum", "temperature"):
+        with pytest.raises(ValueError, match=f"{name} shapes the divergence term, which is null here"):
+            Method.model_validate({"ce": {}, name: {}})
+    teacher, _, data = folders
+    root = tmp_path / "teacher"
+    root.mkdir()
+    (root / "model").symlink_to(teacher)
+    (root / "manifest.json").write_text(json.dumps({"sha256": "0" * 64}))
+    init_student(Student(layers=(0, 1, 3)), root, tmp_path / "student", 0)
+    signals = tmp_path / "signals" / "manifest.json"
+    needs = {"features": {"points": 3, "tokens": "all", "threshold": 0.8}, "splits": ["train"]}
+    write_signals(Signals(), needs, root, data, tmp_path / "cache", signals, "fp32")
+    training = Training(steps=6, block=32, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
+    found = {}
+    for name, features in {"alone": None, "none": {"threshold": 1.0}, "some": {"threshold": 0.8}}.items():
+        method = Method.model_validate({"ce": {}, "features": features})
+        inputs = (method, training, 0, tmp_path / "student", data, signals if method.needs_signals else None)
+        distill(*inputs, tmp_path / name)
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        assert len(losses) == 6
+        found[name] = losses, load_file(tmp_path / name / "model" / "model.safetensors")
+    (losses, weights), (without, same), (_, others) = found.values()
+    assert without == pytest.approx(losses, abs=1e-6)
+    for name, weight in weights.items():
+        torch.testing.assert_close(same[name], weight, rtol=0, atol=1e-6)
+    assert any((others[name] - weight).abs().max() > 1e-4 for name, weight in weights.items())
 
 
 def test_data_of_another_tokenizer_is_refused(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:

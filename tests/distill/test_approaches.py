@@ -24,15 +24,20 @@ from entkd.methods import APPROACHES
 TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
 FOCUSING = {"focusing": {"warmup": 0.2, "tolerance": 0.001, "decay": 0.2}}
 MOVING = {"taid": {"alpha": 0.5}, "taid_paper": {"alpha": 0.5}}
-MOVING |= dict.fromkeys(("adakd", "adakd_release", "adakd_latf"), FOCUSING)
+MOVING |= dict.fromkeys(("adakd", "adakd_forward", "adakd_release", "adakd_latf"), FOCUSING)
 """So that states move within a few steps."""
 VARIANTS = {name: {"name": name} for name in APPROACHES} | {
-    name: CASES[name].approach | MOVING.get(name, {}) for name in CASES if not name.endswith("_reverse")
+    name: CASES[name].approach | MOVING.get(name, {}) for name in CASES
 }
 
 
+def base_of(variant: str) -> str:
+    """That of the arm, as the page of evidence says."""
+    return CASES[variant].divergence if variant in CASES else "forward_kl"
+
+
 def method_of(variant: str, **more: object) -> Method:
-    return Method.model_validate({"divergence": "forward_kl", "approach": VARIANTS[variant]} | more)
+    return Method.model_validate({"divergence": base_of(variant), "approach": VARIANTS[variant]} | more)
 
 
 def run(tiny, output: Path, method: Method, training: Training = TRAINING) -> dict:
@@ -44,6 +49,18 @@ def run(tiny, output: Path, method: Method, training: Training = TRAINING) -> di
 def rows(output: Path) -> list[dict]:
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "loss" in row]
+
+
+def assert_same_training(output: Path, alone: Path) -> None:
+    """Losses, whatever else ``alone`` has logged, and weights, to 1e-6."""
+    logged = list(zip(rows(output), rows(alone), strict=True))
+    assert len(logged) > 1
+    for found, expected in logged:
+        for name in expected.keys() - {"seconds"}:
+            assert found[name] == pytest.approx(expected[name], rel=1e-6, abs=1e-6), name
+    found = load_file(output / "model" / "model.safetensors")
+    for name, weight in load_file(alone / "model" / "model.safetensors").items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
 def loss_and_gradient(tiny, method: Method, micros, state: dict[str, float] | None = None):
@@ -79,7 +96,7 @@ def whole(request: pytest.FixtureRequest, tiny, tmp_path_factory: pytest.TempPat
 
 def test_it_runs_and_is_not_plain_distillation(tiny, whole, tmp_path: Path) -> None:
     variant, output, record = whole
-    plain = run(tiny, tmp_path, Method(divergence="forward_kl"))
+    plain = run(tiny, tmp_path, Method.model_validate({"divergence": base_of(variant)}))
     assert record["weights_sha256"] != plain["weights_sha256"]
     assert record["arm"]["method"]["approach"]["name"] == VARIANTS[variant]["name"]
     logged = rows(output)
@@ -129,17 +146,38 @@ def test_micro_batches_change_nothing(tiny, variant: str) -> None:
         torch.testing.assert_close(three[1][name], gradient, rtol=2e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_components_that_do_nothing_change_nothing(tiny, variant: str) -> None:
-    """κ = 0, c = 0, and features of no token."""
+def with_off(variant: str) -> Method:
+    """With components that do nothing: κ = 0, c = 0, and features of no token."""
     off = {"curriculum": {"kappa": 0}, "features": {"threshold": 1.0}}
-    if variant not in ("adakd", "adakd_release", "adakd_idts", "ctkd"):  # which set the temperature themselves
+    approach = method_of(variant).approach
+    if not (approach.tempers if approach.name == "adakd" else approach.name == "ctkd"):  # they refuse `temperature`
         off["temperature"] = {"c": 0}
-    alone = loss_and_gradient(tiny, method_of(variant), [[[5, 0], [17, 3]]])
-    with_off = loss_and_gradient(tiny, method_of(variant, **off), [[[5, 0], [17, 3]]])
-    assert with_off[0] == pytest.approx(alone[0], abs=1e-6)
+    return method_of(variant, **off)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_components_that_do_nothing_change_no_gradient(tiny, variant: str) -> None:
+    micros = [[[5, 0], [17, 3]]]
+    state = {"share": 0.37} if "focusing" in VARIANTS[variant] else {}  # at 1, where it starts, LATF keeps all tokens
+    alone = loss_and_gradient(tiny, method_of(variant), micros, state)
+    found = loss_and_gradient(tiny, with_off(variant), micros, state)
+    assert found[0] == pytest.approx(alone[0], abs=1e-6)
     for name, gradient in alone[1].items():
-        torch.testing.assert_close(with_off[1][name], gradient, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-6, atol=1e-6)
+    if state:
+        assert alone[0] != pytest.approx(loss_and_gradient(tiny, method_of(variant), micros)[0], rel=0.01)
+
+
+def test_components_that_do_nothing_change_no_training(tiny, whole, tmp_path: Path) -> None:
+    """Over steps in which the states move: LATF drops tokens, t rises."""
+    variant, alone, _ = whole
+    run(tiny, tmp_path, with_off(variant))
+    assert_same_training(tmp_path, alone)
+    approach = method_of(variant).approach
+    for name, start in approach.state().items():
+        assert any(row[f"{approach.name}_{name}"] != start for row in rows(alone)), name
+    if variant in MOVING and approach.name == "adakd":
+        assert any(row["adakd_share"] < 1 for row in rows(alone))
 
 
 def test_the_second_look_at_the_student_is_counted(tiny, tmp_path: Path) -> None:

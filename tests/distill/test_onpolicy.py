@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_approaches import assert_same_training
 
 from entkd.config import Method, Signals, Training, canonical_json
 from entkd.data import Corpus
@@ -327,6 +328,21 @@ def test_distillm_uses_data_new_text_and_the_buffer(whole: dict[str, Path], vari
     assert 0 < record["generated_tokens"] < record["teacher_tokens_online"]
     # every evaluation raised φ, the first time after the first step; the draws followed it
     np.testing.assert_allclose([row["share"] for row in logged], 0.6 + 0.04 * np.minimum(np.arange(12), 10), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("rising")
+@pytest.mark.parametrize("name", METHODS)
+def test_components_that_do_nothing_change_nothing(tiny, tmp_path: Path, name: str) -> None:
+    """κ = 0, c = 0, and features of no token: of no text that the student writes either, however uncertain of it the
+    teacher is."""
+    off = {"curriculum": {"kappa": 0}, "temperature": {"c": 0}, "features": {"threshold": 1.0}}
+    bare = METHODS[name].model_copy(update=dict.fromkeys(off))
+    training = TRAINING.model_copy(update={"steps": 8})
+    record = run(tiny, tmp_path / "bare", bare, training)
+    run(tiny, tmp_path / "off", Method.model_validate(bare.model_dump() | off), training)
+    assert_same_training(tmp_path / "off", tmp_path / "bare")
+    assert 0 < record["on_policy_steps"] < 8
+    assert (record["replayed_steps"] > 0) == (name != "gkd")
 
 
 @pytest.mark.usefixtures("rising")

@@ -56,6 +56,23 @@ def test_loss_and_gradient(tiny, name: str, evidence) -> None:
     else:
         assert documents == answers[1]
 
+    # ── what the teacher says of it: Transformers' states in bf16, as a signal store keeps them ──────────────────
+    teacher = load_model(tiny.teacher)
+    with torch.no_grad():
+        states_DNE = [
+            teacher(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, length - 1 : -1]
+            for ids, length in documents
+        ]
+    own_NE = torch.cat([micro.teacher() for micro in made.micro_batches])
+    own_NE = own_NE[torch.cat([micro.batch.tokens_N for micro in made.micro_batches]).argsort()]
+    taught_DNE = own_NE.split([len(states_NE) for states_NE in states_DNE])
+    for states_NE, taught_NE in zip(states_DNE, taught_DNE, strict=True):
+        # A packed pass adds in another order, and a state that is nearly in the middle of two bf16 numbers may then be
+        # stored as the other one: one of the paper's 3072 here is, which moves the loss by 2e-8. So the reference takes
+        # the run's states, once they are known to be Transformers' but for such.
+        away_NE, rounded_NE = (each.float() - states_NE for each in (taught_NE, states_NE.bfloat16()))
+        assert (away_NE.abs() <= rounded_NE.abs() + 2e-6).all()
+
     # ── the objective in fp64 ──────────────────────────────────────────────────────────────────────────────────
     objective = Objective(student.double(), method, 300, source.targets.head_UE.double())
     loss = 0.0
@@ -66,16 +83,12 @@ def test_loss_and_gradient(tiny, name: str, evidence) -> None:
         loss += term.item()
 
     # ── the reference ──────────────────────────────────────────────────────────────────────────────────────────
-    teacher, twin = load_model(tiny.teacher), load_model(tiny.student).double()
+    twin = load_model(tiny.student).double()
     head = teacher.get_output_embeddings().weight.detach().double()
     positions, expected = sum(len(ids) - length for ids, length in documents), 0.0
-    for ids, length in documents:
-        cut, ids = slice(length - 1, -1), torch.tensor([ids])
-        with torch.no_grad():
-            states = teacher(ids, output_hidden_states=True).hidden_states[-1][0, cut]
-        taught = (states.bfloat16().double() @ head.T).numpy()  # as a signal store keeps them
-        logits = twin(ids).logits[0, cut]
-        pairs = list(zip(logits.detach().numpy(), taught, strict=True))
+    for (ids, length), taught_NE in zip(documents, taught_DNE, strict=True):
+        logits = twin(torch.tensor([ids])).logits[0, length - 1 : -1]
+        pairs = list(zip(logits.detach().numpy(), (taught_NE.double() @ head.T).numpy(), strict=True))
         expected += sum(divergence(base, *pair) for pair in pairs) / positions
         logits.backward(torch.tensor(np.array([slope(base, *pair) for pair in pairs]) / positions))
     errors = [
@@ -84,8 +97,8 @@ def test_loss_and_gradient(tiny, name: str, evidence) -> None:
     ]
     largest = max(other.grad.abs().max().item() for other in twin.parameters())
     assert made.positions == positions
-    assert abs(loss - expected) < 1e-5 * expected
-    assert max(errors) < 1e-4 * largest
+    assert abs(loss - expected) < 2e-14 * expected  # 100 times what is measured
+    assert max(errors) < 5e-14 * largest
     row = ROWS[name]
     evidence(row, "reference", f"{ORIGINS[name]}, its loss with `{base}`")
     evidence(row, "loss", abs(loss - expected))

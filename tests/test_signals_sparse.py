@@ -276,7 +276,7 @@ def test_verify_finds_sparse_rows_of_other_tokens(written, teacher, tiny_corpus,
         manifest["files"][name]["sha256"] = file_sha256(folder / name)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert verify(tmp_path / "copy/results/manifest.json", teacher, tiny_corpus, 12) == 1
-    assert "these are not this teacher's distributions" in capsys.readouterr().out
+    assert "this is not what this teacher says of these tokens" in capsys.readouterr().out
 
 
 def test_the_report_tells_bias_from_noise():

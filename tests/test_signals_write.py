@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import resource
 import shutil
 import threading
@@ -163,17 +164,47 @@ def test_verify_finds_agreement_and_damage(written, teacher, tiny_corpus, tmp_pa
     assert "train-00002.safetensors: checksum differs" in capsys.readouterr().out
 
 
-def test_verify_finds_rows_of_other_tokens(written, teacher, tiny_corpus, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("tensor", "measure"),
+    [
+        ("hidden", "KL(exact ‖ stored)"),
+        ("entropy", "error of the entropy"),
+        ("target_logprob", "error of log p(target)"),
+        ("feature_2", "relative error of feature layers"),
+    ],
+)
+def test_verify_finds_rows_of_other_tokens(written, teacher, tiny_corpus, tmp_path, capsys, tensor, measure):
     """Checksums that agree with a wrong content are no proof."""
+    split = "train" if tensor.startswith("feature") else "test"
     shutil.copytree(written.parents[1], tmp_path / "copy")
-    folder = SignalStore.open(tmp_path / "copy" / "results" / "manifest.json").folder
-    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "test-00000.safetensors").items()}
-    save_file(tensors | {"hidden": tensors["hidden"].roll(1, 0)}, folder / "test-00000.safetensors", {"entkd": "{}"})
+    manifest = tmp_path / "copy" / "results" / "manifest.json"
+    put_rows_elsewhere(SignalStore.open(manifest).folder, split, tensor)
+    assert verify(manifest, teacher, tiny_corpus, 12) == 1
+    (problem,) = [line for line in capsys.readouterr().out.splitlines() if "this teacher says of these tokens" in line]
+    assert problem.startswith(f"{split}: mean of {measure} above ")
+
+
+def put_rows_elsewhere(folder, split, name):
+    """Every row of a tensor is that of another token, with checksums that agree."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["test-00000.safetensors"]["sha256"] = file_sha256(folder / "test-00000.safetensors")
+    for file in (file for file in manifest["files"] if re.fullmatch(rf"{split}-\d+\.safetensors", file)):
+        tensors = {key: tensor.clone() for key, tensor in load_file(folder / file).items()}
+        # Not by one: neighbours may be alike.
+        save_file(
+            tensors | {name: tensors[name].roll(max(1, len(tensors[name]) // 2), 0)}, folder / file, {"entkd": "{}"}
+        )
+        manifest["files"][file]["sha256"] = file_sha256(folder / file)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert verify(tmp_path / "copy" / "results" / "manifest.json", teacher, tiny_corpus, 12) == 1
-    assert "these are not this teacher's distributions" in capsys.readouterr().out
+
+
+def test_verify_looks_at_the_states_beside_log_probabilities(teacher, tiny_corpus, tmp_path, capsys):
+    settings, manifest = SETTINGS.model_copy(update={"mode": "logprobs"}), tmp_path / "manifest.json"
+    write_signals(settings, HARD, teacher, tiny_corpus, tmp_path / "cache", manifest, "fp32")
+    assert verify(manifest, teacher, tiny_corpus, 12) == 0
+    assert "test: KL(exact ‖ stored): max" in capsys.readouterr().out
+    put_rows_elsewhere(SignalStore.open(manifest).folder, "test", "hidden")
+    assert verify(manifest, teacher, tiny_corpus, 12) == 1
+    assert "test: mean of KL(exact ‖ of stored states) above 0.01" in capsys.readouterr().out
 
 
 def test_verify_refuses_another_teacher(written, tiny_corpus, tiny_tokenizer, tmp_path):

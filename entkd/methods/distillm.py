@@ -24,7 +24,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,8 @@ Source = Literal["data", "written", "replayed"]
 class DistiLLM(Settings):
     """An adaptive share φ of the steps trains on the student's text, much of it from a buffer (DistiLLM, arXiv
     2402.03898, section 3.2)."""
+
+    citation: ClassVar[str] = "DistiLLM, 2024, arXiv 2402.03898"
 
     name: Literal["distillm"] = "distillm"
     """Which schedule of the student's text."""

@@ -9,7 +9,7 @@ the responses to the step's prompts, otherwise those of the data are taken. No g
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,8 @@ from entkd.settings import Settings
 
 class GKD(Settings):
     """A fixed share λ of the steps trains on text that the student writes (GKD, arXiv 2306.13649, Algorithm 1)."""
+
+    citation: ClassVar[str] = "GKD, 2023, arXiv 2306.13649"
 
     name: Literal["gkd"] = "gkd"
     """Which schedule of the student's text."""

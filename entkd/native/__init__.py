@@ -1,7 +1,7 @@
 """Kernels for CPUs with AVX-512 and bf16 instructions: products with fp32 sums, losses of rows of logits, AdamW.
 
 Each answers whether it did its work. Without a compiler, on another CPU or for tensors of other kinds it does nothing,
-and nothing is lost but time: callers have another way to the same numbers.
+and callers have another way, slower and with products rounded to bf16 once more.
 
 Shapes: R rows (tokens), V vocabulary, D width. "1" is a dimension of length 1.
 """

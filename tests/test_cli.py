@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from entkd import cli
 from entkd.cli import commands
@@ -75,6 +76,20 @@ def test_missing_experiment_is_a_user_error(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err.startswith("error: no.yaml: no such experiment file")
 
 
+def test_check_knows_the_pipelines_of_the_workflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
+    experiment["arms"]["own"] = {"pipeline": "seqdk", "divergence": None, "ce": {}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["check", str(tmp_path / "x.yaml")]) == 2
+    problem = "arms.own.pipeline: unknown name `seqdk`; did you mean `seqkd`? Known: distill, onpolicy, seqkd"
+    assert capsys.readouterr().err.rstrip().endswith(problem)
+    monkeypatch.chdir(tmp_path)  # there is no workflow to ask
+    assert cli.main(["check", "x.yaml"]) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "status"),
     [(UserError("x"), 2), (FileNotFoundError("x"), 2), (OSError(errno.ENOSPC, "No space left on device"), 2)],
@@ -85,6 +100,12 @@ def test_user_mistakes_show_no_traceback(monkeypatch: pytest.MonkeyPatch, error:
 
     monkeypatch.setitem(commands.STAGES, "check", (fail, "fails", "experiment"))
     assert cli.main(["check"]) == status
+
+
+def test_a_reader_that_goes_away_is_no_mistake() -> None:
+    command = f"{sys.executable} -m entkd.cli check | true; exit ${{PIPESTATUS[0]}}"
+    run = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (1, "")
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # of the start.
     gc.set_threshold(100_000, 20, 20)
     try:
-        return args.function(args) or 0
+        status = args.function(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+        return 1
     except (UserError, ValidationError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:

@@ -181,9 +181,15 @@ def _figures(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from entkd.config.errors import ConfigError
+    from entkd.config.pipelines import unserved
     from entkd.config.summary import summary
 
-    print(summary(config.load_experiment(args.experiment)))
+    experiment = config.load_experiment(args.experiment)
+    problems = list(unserved({arm.name: arm.pipeline for arm in experiment.resolved_arms.values()}, Path("workflow")))
+    if problems:
+        raise ConfigError(problems, str(args.experiment))
+    print(summary(experiment))
 
 
 def _config_docs(args: argparse.Namespace) -> None:

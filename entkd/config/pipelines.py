@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from entkd.config.errors import unknown_name
 from entkd.config.method import Method
 
 ON_POLICY = "onpolicy"
@@ -29,3 +32,15 @@ def lacking_pipeline(pipeline: str, method: Method) -> Iterator[tuple[str, str]]
             f"{ON_POLICY} trains on text that the student writes, and nothing says when; set `on_policy: gkd` or "
             "`on_policy: distillm`, or remove the pipeline",
         )
+
+
+def unserved(pipelines: Mapping[str, str], workflow: Path) -> Iterator[str]:
+    """One line for each arm (name → pipeline) that no rules file of a workflow trains; none where there is no workflow.
+
+    The workflow itself finds out, too, as it knows which of its files are included; this is for `entkd check`.
+    """
+    rules = (file.read_text(encoding="utf-8") for file in workflow.rglob("*.smk"))
+    served = {name for text in rules for name in re.findall(r"""\barms_of\(\s*["']([^"']+)["']""", text)}
+    for arm, pipeline in pipelines.items():
+        if served and pipeline not in served:
+            yield unknown_name(f"arms.{arm}.pipeline", pipeline, served)

@@ -153,9 +153,9 @@ def teacher_of_trial(wildcards):
     return "<results>/teachers/<teacher>/manifest.json" if on_policy else []
 
 
-def teacher_option(wildcards, input) -> list[str]:
-    """How a command is told of the input `teacher`, if there is one."""
-    return ["--teacher", str(Path(input.teacher).parent)] if input.teacher else []
+def teacher_folder(wildcards, input) -> list[str]:
+    """The folder of the input `teacher`, if there is one."""
+    return [str(Path(input.teacher).parent)] if input.teacher else []
 
 
 def measured_budget(arm: str) -> list[str]:

@@ -57,13 +57,13 @@ rule trial:
         settings=trial_settings,
         student=subpath(input.student, parent=True),
         data=subpath(input.data, parent=True),
-        teacher=teacher_option,
+        teacher=teacher_folder,
         folder=subpath(output.run, parent=True),
     shell:
         "entkd distill --trial --settings {params.settings:q} --patches {input.patches:q} --seed {wildcards.seed}"
         " --student {params.student:q}"
         f" --save-minutes {SAVE_MINUTES} --log-every {LOG_EVERY}"
-        " --data {params.data:q} --signals {input.signals:q} {params.teacher:q}"
+        " --data {params.data:q} --signals {input.signals:q} --teacher {params.teacher:q}"
         " --output {params.folder:q} > {log:q} 2>&1"
 
 

@@ -94,6 +94,17 @@ def test_one_pass_is_pytorchs_clipping_and_step(monkeypatch: pytest.MonkeyPatch)
 
 
 @needs_library
+def test_a_step_that_the_kernels_refuse_is_an_error() -> None:
+    student = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer(student, None, Training(steps=1, lr=0.01), None)
+    student.weight.grad = torch.ones(1, 2)
+    optimizer.step()
+    optimizer.state[student.weight]["exp_avg"] = torch.zeros(1, 2, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="refuse a moment or gradient"):
+        optimizer.step()
+
+
+@needs_library
 def test_factors_hold_for_one_step() -> None:
     student = nn.Linear(1, 1, bias=False)
     settings = Training(steps=1, lr=0.01, weight_decay=0.0)

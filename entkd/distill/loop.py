@@ -11,16 +11,12 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from entkd import native, runtime
 from entkd.checkpoint import ResumeFolder, StopRequest
-from entkd.config import Method, Training
 from entkd.curriculum import progress_schedule
 from entkd.data import Corpus
 from entkd.data.packing import collate
@@ -32,51 +28,15 @@ from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates, set_learning_rate
 from entkd.distill.outputs import write_outputs
 from entkd.distill.plan import Costs, plan_run
+from entkd.distill.run import Run
 from entkd.distill.scan import needs_scan, with_factors
-from entkd.distill.source import step_source
+from entkd.distill.steps import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
 from entkd.errors import UserError
 from entkd.models import load_model, load_tokenizer, prepare_for_cpu
 from entkd.progress import Progress
 from entkd.provenance import device_name, git_sha, peak_gib, versions
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: what to train, from which files, into which folder."""
-
-    method: Method
-    training: Training
-    seed: int
-    student: Path
-    """Folder of the untrained student."""
-    data: Path
-    """Folder of the prepared data."""
-    signals: Path | None
-    """Manifest of the teacher's signals."""
-    teacher: Path | None
-    """Folder of the teacher itself, for methods in which it reads what the student writes."""
-    output: Path
-    """Folder of the run."""
-    dtype: torch.dtype
-    """Autocast precision."""
-    save_minutes: float
-    """Minutes between two resume checkpoints."""
-    log_every: int
-    """Steps between two looks at the loss on the device."""
-    trial: bool = False
-    """Whether this is a trial of tuning: its weights are left out, and where it diverges, that is its result."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the numbers, as JSON."""
-        return {"method": self.method.model_dump(mode="json"), "training": self.training.model_dump(mode="json")}
-
-    @property
-    def title(self) -> str:
-        """The run in the log, e.g. `kd/seed0`."""
-        return f"{self.output.parent.name}/{self.output.name}"
 
 
 def diverged(run: Run, nll: float, step: int) -> bool:

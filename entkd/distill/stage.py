@@ -14,8 +14,9 @@ from entkd import runtime
 from entkd.checkpoint import ResumeFolder
 from entkd.config import CrossEntropy, Method, Training, canonical_json
 from entkd.distill.distributed import World
-from entkd.distill.loop import Run, train
+from entkd.distill.loop import train
 from entkd.distill.outputs import finished
+from entkd.distill.run import Run
 from entkd.files import write_json
 from entkd.models import model_sha256
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from entkd.data import Corpus
 from entkd.data.packing import Batch, Block
 from entkd.distill.distributed import World
 from entkd.distill.micro_batch import MicroBatch
+from entkd.distill.run import Run
 from entkd.distill.source import Source
 from entkd.distill.targets import Step, TeacherTargets
 from entkd.errors import UserError
@@ -30,9 +31,6 @@ from entkd.methods.distillm import Source as Kind
 from entkd.onpolicy.buffer import ReplayBuffer, as_corpus
 from entkd.onpolicy.generation import Writer, micro_batches
 from entkd.onpolicy.teacher import OnlineTeacher
-
-if TYPE_CHECKING:
-    from entkd.distill.loop import Run
 
 
 @dataclass

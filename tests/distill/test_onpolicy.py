@@ -24,8 +24,8 @@ from entkd.data.packing import plan_steps
 from entkd.distill import distill, loop
 from entkd.distill.distributed import World
 from entkd.distill.evaluate import dev_nll
-from entkd.distill.loop import Run
 from entkd.distill.objective import Objective
+from entkd.distill.run import Run
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
 from entkd.generate import generate

@@ -60,12 +60,18 @@ def calibrate(
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "calibration"
         distill(method, Training(**short), seed, student, data, signals, run, math.inf, log_every=1, trial=True)
+        beforehand = json.loads((run / "run.json").read_text(encoding="utf-8"))["seconds_beforehand"]
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds = np.diff([row["seconds"] for row in rows if "seconds" in row])[UNTIMED - 1 :]
     median = float(np.median(seconds))
-    fitting = int(budget / median)
-    if not fitting:
-        raise UserError(f"training.budget: {budget:g} seconds are less than a step takes, {median:.3g}; raise it")
+    fitting = math.floor((budget - beforehand) / median)
+    if fitting < 1:
+        passes = f" after {beforehand:.3g} for the untrained student's pass over the data" if beforehand else ""
+        raise UserError(
+            f"training.budget: {budget:g} seconds are less than a step takes, {median:.3g}{passes}; raise it"
+        )
     says = f"{TIMED} steps took {seconds.min():.3g} to {seconds.max():.3g} s, median {median:.3g}"
+    if beforehand:
+        says += f", and the pass before the first {beforehand:.3g} s"
     print(f"{says}: {fitting} steps are {budget:g} s", file=sys.stderr, flush=True)
     write_json(output, {"training": {"budget": None, "steps": fitting}})

@@ -75,10 +75,12 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     ).to(device)
     projectors = objective.projectors
     module = world.wrap(objective)
+    seconds_beforehand = 0.0
     if targets.store is not None and targets.waits_for_student:  # untrained: no resume state is loaded yet
-        difficulty, store = method.difficulty.source, targets.store
+        difficulty, store, start = method.difficulty.source, targets.store, time.monotonic()
         student_R = untrained_statistics(difficulty, student, corpus, store, training, pad_id, world, device, dtype)
         targets.use_student(student_R)
+        seconds_beforehand = time.monotonic() - start
 
     # ── schedule: known as a whole before the first step ──────────────────────────────────────────────────────
     costs = Costs.of(student, corpus, targets, training, vocab_size)
@@ -244,8 +246,9 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "tokens": tokens,
             "positions": positions,
             "seconds": round(seconds, 3),
+            "seconds_beforehand": round(seconds_beforehand, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": costs.of_tokens(tokens, positions, hard) + source.tflops(),
+            "tflops": costs.beforehand + costs.of_tokens(tokens, positions, hard) + source.tflops(),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             **source.record(),
             "resumed": resumed,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from entkd.config import Training
 from entkd.data import Corpus
-from entkd.data.packing import Block, plan_steps, stream_steps
+from entkd.data.packing import Block, pack, plan_steps, stream_steps
 from entkd.distill.flops import training_tflops
 from entkd.distill.scan import scanned
 from entkd.distill.targets import TeacherTargets
@@ -39,6 +39,8 @@ class Costs:
     """TFLOPs of a response token through the output projections."""
     per_feature_token: float
     """TFLOPs of a token through the projectors."""
+    beforehand: float
+    """TFLOPs before the first step: an untrained student read for the difficulty."""
 
     @classmethod
     def of(
@@ -51,6 +53,13 @@ class Costs:
         linear = features is not None and features.projector == "linear"
         width = store.width if store is not None and linear else 0
         tokens, positions = scanned(targets.method, training, 1, 1)
+        beforehand = 0.0
+        if targets.method.needs_difficulty and targets.method.difficulty.of_student:
+            whole = block * len(pack(corpus.lengths, block, np.arange(len(corpus))))
+            read = teacher_width if targets.method.difficulty.source == "initial_kl" else None
+            beforehand = training_tflops(
+                student, 0, 0, block, vocab_size, read, scanned_tokens=whole, scanned_positions=corpus.response_tokens
+            )
         return cls(
             corpus.response_lengths,
             targets.feature_tokens(len(corpus)),
@@ -58,6 +67,7 @@ class Costs:
             training_tflops(student, 1, 0, block, vocab_size, teacher_width, scanned_tokens=tokens),
             training_tflops(student, 0, 1, block, vocab_size, teacher_width, scanned_positions=positions),
             training_tflops(student, 0, 0, block, vocab_size, None, projected=pairs, projector_width=width),
+            beforehand,
         )
 
     def tokens(self, step: Sequence[Block]) -> int:
@@ -65,7 +75,7 @@ class Costs:
         return sum(int(self.response_lengths[documents].sum()) for documents in step)
 
     def of_tokens(self, tokens: int, positions: int, features: int) -> float:
-        """TFLOPs of tokens through the trunk, response tokens, and tokens with a feature loss."""
+        """TFLOPs of steps: of tokens through the trunk, response tokens, and tokens with a feature loss."""
         return self.per_token * tokens + self.per_position * positions + self.per_feature_token * features
 
     def tflops(self, steps: Sequence[Sequence[Block]]) -> float:
@@ -92,7 +102,8 @@ def plan_run(corpus: Corpus, training: Training, seed: int, costs: Costs) -> lis
             "training.budget.seconds: how many steps that are is measured before training; run `entkd calibrate` and "
             "give its output to `entkd distill --patches`"
         )
-    limit, spent = float(budget.tokens or budget.tflops or math.nan), 0.0
+    limit = float(budget.tokens or budget.tflops or math.nan)
+    spent = 0.0 if budget.tokens is not None else costs.beforehand
     steps: list[list[Block]] = []
     for step in stream_steps(corpus, training, seed):
         spent += costs.tokens(step) if budget.tokens is not None else costs.tflops([step])
@@ -101,7 +112,7 @@ def plan_run(corpus: Corpus, training: Training, seed: int, costs: Costs) -> lis
         steps.append(step)
     if not steps:
         raise UserError(
-            f"training.budget: {budget.words} is less than the first step costs, {spent:.3g}; raise it, or lower "
+            f"training.budget: {budget.words} is less than a run of one step costs, {spent:.3g}; raise it, or lower "
             "training.blocks_per_step"
         )
     return steps

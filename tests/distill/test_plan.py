@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from entkd import cli
 from entkd.config import Method, Training, canonical_json
 from entkd.data import Corpus
-from entkd.data.packing import stream_steps
+from entkd.data.packing import pack, stream_steps
 from entkd.distill import calibrate, distill
-from entkd.distill.flops import training_tflops
+from entkd.distill.flops import training_tflops, trunk_flops_per_token
 from entkd.distill.plan import Costs, plan_run
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
@@ -32,6 +32,12 @@ ARMS = {
     "all": {"divergence": "forward_kl", "features": {"tokens": "all"}},
     "random": {"divergence": "forward_kl", "features": {"tokens": "random", "threshold": 0.6}},
     "easy": {"divergence": "forward_kl", "features": {"tokens": "easy"}},
+    "initial_kl": {"divergence": "forward_kl", "curriculum": {}, "difficulty": {"source": "initial_kl"}},
+    "initial_entropy": {
+        "divergence": "forward_kl",
+        "curriculum": {},
+        "difficulty": {"source": "initial_student_entropy"},
+    },
 }
 
 
@@ -47,6 +53,8 @@ def costs_of(tiny, arm: str, seed: int = 0) -> tuple[Corpus, Costs]:
     corpus = Corpus.open(tiny.data, "train")
     signals = tiny.signals if method(arm).needs_signals else None
     targets = TeacherTargets(method(arm), signals, tiny.data, corpus, seed)
+    if targets.store is not None and targets.waits_for_student:
+        targets.use_student(torch.rand(corpus.response_tokens))
     return corpus, Costs.of(load_model(tiny.student), corpus, targets, training(steps=1), 300)
 
 
@@ -67,9 +75,9 @@ def test_arms_spend_the_same_flops_but_for_a_step(tiny, arm: str) -> None:
     for seed in (0, 3):
         corpus, costs = costs_of(tiny, arm, seed)
         steps = plan_run(corpus, training(budget={"tflops": budget}), seed, costs)
-        spent = costs.tflops(steps)
+        spent = costs.beforehand + costs.tflops(steps)
         largest = max(costs.tflops([step]) for step in steps)
-        assert len(steps) > 20
+        assert len(steps) > 15
         assert budget - largest < spent <= budget
 
 
@@ -113,6 +121,20 @@ def test_record_states_the_analytic_cost_and_the_steps_are_the_planned_ones(tiny
     assert record["arm"]["training"]["budget"] == {"tokens": None, "tflops": 0.004, "seconds": None}
 
 
+@pytest.mark.parametrize("arm", ["initial_kl", "initial_entropy"])
+def test_the_untrained_students_pass_over_the_data_is_counted(tiny, tmp_path: Path, arm: str) -> None:
+    """One forward pass more over every block: the trunk's and the heads' share of what torch counts."""
+    record = trained(tiny, tmp_path / arm, arm, training(steps=3))
+    plain = trained(tiny, tmp_path / "kd", "kd", training(steps=3))
+    assert (record["tokens"], record["positions"]) == (plain["tokens"], plain["positions"])
+    corpus, student = Corpus.open(tiny.data, "train"), load_model(tiny.student)
+    blocks = pack(corpus.lengths, 64, np.arange(len(corpus)))
+    heads = 2 * 300 * (student.config.hidden_size + (32 if arm == "initial_kl" else 0))
+    whole = trunk_flops_per_token(student, 64) * 64 * len(blocks) + heads * corpus.response_tokens
+    assert record["tflops"] - plain["tflops"] == pytest.approx(whole / 1e12, rel=1e-9)
+    assert record["seconds_beforehand"] > 0 == plain["seconds_beforehand"]
+
+
 @pytest.mark.parametrize("arm", ["full", "all", "random", "easy"])
 def test_feature_tokens_are_known_before_training(tiny, arm: str) -> None:
     corpus = Corpus.open(tiny.data, "train")
@@ -146,7 +168,7 @@ def test_projector_flops_equal_the_counted_ones() -> None:
 
 def test_a_budget_below_one_step_is_refused(tiny) -> None:
     corpus, costs = costs_of(tiny, "kd")
-    with pytest.raises(UserError, match=r"training\.budget: 3 tokens is less than the first step costs"):
+    with pytest.raises(UserError, match=r"training\.budget: 3 tokens is less than a run of one step costs"):
         plan_run(corpus, training(budget={"tokens": 3}), 0, costs)
     with pytest.raises(UserError, match=r"training\.budget: 1e-09 TFLOPs is less"):
         plan_run(corpus, training(budget={"tflops": 1e-9}), 0, costs)
@@ -179,11 +201,18 @@ def test_steps_are_the_budget_over_the_median_of_timed_steps(tiny, tmp_path: Pat
         clock = np.cumsum([5, 5, 5, 0.25, 0.25, 7, 0.25, 0.25, 0.25, 0.25, 0.25])
         lines = [json.dumps({"step": i, "seconds": s}) for i, s in enumerate(clock.tolist(), 1)]
         (output / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 11, "dev_nll": 3.0})]))
+        beforehand = 4.0 if method.difficulty.of_student else 0.0
+        (output / "run.json").write_text(json.dumps({"seconds_beforehand": beforehand}))
 
     monkeypatch.setattr("entkd.distill.calibration.distill", slow)
     inputs = (0, tiny.student, tiny.data, tiny.signals)
     calibrate(method("kd"), training(budget={"seconds": 10.1}), *inputs, tmp_path / "kd.json", torch.get_num_threads())
     assert json.loads((tmp_path / "kd.json").read_text())["training"]["steps"] == 40
+    # the untrained student's pass over the data is of the same budget
+    calibrate(method("initial_kl"), training(budget={"seconds": 10.1}), *inputs, tmp_path / "initial.json", 1)
+    assert json.loads((tmp_path / "initial.json").read_text())["training"]["steps"] == 24
+    with pytest.raises(UserError, match=r"3 seconds are less than a step takes, 0\.25 after 4 for the untrained"):
+        calibrate(method("initial_kl"), training(budget={"seconds": 3}), *inputs, tmp_path / "none.json", 1)
 
 
 def test_patches_decide_the_run_and_are_in_its_record(tiny, tmp_path: Path) -> None:

@@ -238,8 +238,9 @@ def test_label_logprobs_equal_dense_over_many_tiles(dtype):
 
 
 def test_ratio_items_by_hand():
-    items, error = ratio_items(np.array([2.0, 3.0, 7.0]), np.array([1.0, 2.0, 3.0]))
+    items, weights, error = ratio_items(np.array([2.0, 3.0, 7.0]), np.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(items, [1.0, 1.5, 3.5])
+    np.testing.assert_allclose(weights, [0.5, 1.0, 1.5])
     assert items.mean() == pytest.approx(12 / 6)
     # residuals x − R y = 0, −1, 1 over mean(y) = 2; sd = 0.5; / √3
     assert error == pytest.approx(0.5 / math.sqrt(3))
@@ -286,6 +287,16 @@ def test_mean_over_items_is_the_reported_value(scored):
         row = scores.query("task == @name and metric == @metric").iloc[0]
         assert means.loc[name, metric]["mean"] == pytest.approx(row["value"], abs=1e-12)
         assert means.loc[name, metric]["size"] == row["n"]
+    weights = items.groupby("task")["weight"]
+    np.testing.assert_allclose(weights.mean(), 1, rtol=1e-12)
+    assert (weights.nunique() > 1).to_dict() == {name: name == "entkd_heldout" for name, _ in DEMO}
+
+
+def test_weight_of_a_document_is_its_share_of_the_bytes(scored, tiny_corpus):
+    rows = read_texts(tiny_corpus, "test")[:6]
+    lengths = np.array([len(row["response"].encode()) for row in rows])
+    found = scored[1].query("task == 'entkd_heldout'").set_index("item")["weight"]
+    np.testing.assert_allclose(found[[str(i) for i in range(6)]], lengths / lengths.mean(), rtol=1e-12)
 
 
 def test_limit_holds_for_every_task(scored):

@@ -61,11 +61,11 @@ def fidelity(
     lengths_D = corpus.response_lengths[documents].astype(np.float64)
     for metric, value_R in (("kl", kl_R), ("top1_agreement", agreement_R)):
         sums_D = np.asarray([_of(value_R, corpus, document).sum() for document in documents.tolist()])
-        items_D, stderr = ratio_items(sums_D, lengths_D)
+        items_D, weights_D, stderr = ratio_items(sums_D, lengths_D)
         scores.append(_score(metric, float(items_D.mean()), stderr, len(documents)))
         items += [
-            {"task": FIDELITY, "metric": metric, "item": str(document), "value": float(value)}
-            for document, value in zip(documents, items_D, strict=True)
+            {"task": FIDELITY, "metric": metric, "item": str(document), "value": float(value), "weight": float(weight)}
+            for document, value, weight in zip(documents, items_D, weights_D, strict=True)
         ]
     tokens = int(corpus.response_offsets[len(documents)])
     entropy_R = teacher.entropy_R[:tokens].numpy()

@@ -1,8 +1,9 @@
 """From lm-eval's results to rows of scores and values per item.
 
 The mean of the item values of a task is the value reported for it, so that differences between arms can be paired by
-item. A ratio of sums Σx/Σy (bits per byte) has items x_i / mean(y). A metric that is no mean over items (F1, corpus
-BLEU, perplexity) has no items.
+item. A ratio of sums Σx/Σy (bits per byte) has items x_i / mean(y) of weight y_i / mean(y); an item of a plain mean
+weighs 1, and weights have mean 1. The statistics need them: a long document has a large value because it is long, which
+is no noise of the ratio. A metric that is no mean over items (F1, corpus BLEU, perplexity) has no items.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ from numpy.typing import NDArray
 from entkd.score.tasks import LoadedTask
 
 SCORE_COLUMNS = ["arm", "seed", "suite", "task", "metric", "value", "stderr", "n", "task_version"]
-ITEM_COLUMNS = ["arm", "seed", "suite", "task", "metric", "item", "value"]
+ITEM_COLUMNS = ["arm", "seed", "suite", "task", "metric", "item", "value", "weight"]
 
 
 def ratio_items(
     numerator_N: NDArray[np.float64], denominator_N: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], float]:
-    """Items whose mean is Σ numerator / Σ denominator, and the standard error of that ratio (linearised)."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Items whose mean is Σ numerator / Σ denominator, their weights, and the ratio's standard error (linearised)."""
     scale = float(denominator_N.mean())
-    items_N = numerator_N / scale
-    residual_N = items_N - items_N.mean() * denominator_N / scale
-    return items_N, standard_error(residual_N)
+    items_N, weights_N = numerator_N / scale, denominator_N / scale
+    return items_N, weights_N, standard_error(items_N - items_N.mean() * weights_N)
 
 
 def standard_error(values_N: NDArray[np.float64]) -> float:
@@ -62,7 +62,7 @@ def task_rows(task: LoadedTask, results: dict[str, Any]) -> tuple[list[dict[str,
     for name, (score, items) in leaves.items():
         weight = 1.0 if aggregate.weight_by_size else n / (len(leaves) * score["n"])
         for item in items:
-            own = {"item": f"{name}/{item['item']}", "value": item["value"] * weight}
+            own = {"item": f"{name}/{item['item']}"} | {key: item[key] * weight for key in ("value", "weight")}
             rows.append({"task": task.name, "metric": task.metric} | own)
     if len(rows) != n:  # a task of the group has no items
         rows = []
@@ -87,14 +87,16 @@ def _leaf(name: str, task: LoadedTask, results: dict[str, Any]) -> tuple[dict[st
     aggregation = task.leaves[name].aggregation().get(metric, mean)
     stderr = _number(found.get(_stderr_key(task.key)))
     values_N: NDArray[np.float64] = np.empty(0)
+    weights_N = values_N
     if aggregation is mean:
         values_N = np.asarray([sample[metric] for sample in samples], dtype=np.float64)
+        weights_N = np.ones_like(values_N)
     elif aggregation is bits_per_byte:
         pairs_N2 = np.asarray([sample[metric] for sample in samples], dtype=np.float64)
-        values_N, stderr = ratio_items(-pairs_N2[:, 0] / math.log(2), pairs_N2[:, 1])
+        values_N, weights_N, stderr = ratio_items(-pairs_N2[:, 0] / math.log(2), pairs_N2[:, 1])
     items = [
-        {"item": str(sample["doc_id"]), "value": float(value)}
-        for sample, value in zip(samples, values_N, strict=len(values_N) > 0)
+        {"item": str(sample["doc_id"]), "value": float(value), "weight": float(weight)}
+        for sample, value, weight in zip(samples, values_N, weights_N, strict=len(values_N) > 0)
     ]
     score = {
         "task": name,

@@ -45,6 +45,8 @@ class Measured:
     """Arm → score by seed."""
     items: dict[str, pd.DataFrame]
     """Arm → score by seed (rows) and item (columns); empty where the task has no items."""
+    weights: pd.Series[float]
+    """Weight by item, of mean 1: the share of an item in the denominator of a ratio, 1 in a plain mean."""
 
     @property
     def sign(self) -> int:
@@ -76,6 +78,11 @@ class Measured:
     def by_item(self, arm: str, other: str, seeds: Sequence[int]) -> NDArray[np.float64] | None:
         """Differences arm − other, (S, I), or None where one of them has no items.
 
+        The metric may be a ratio Σx/Σy. Its item is then d_i = x_i / mean(y) of weight w_i = y_i / mean(y), and what
+        item i adds to the error of the ratio D = mean(d) is d_i − D w_i. Returned is d_i − D (w_i − 1): the same mean
+        D in each seed, without the spread that long and short items have because D is not 0. With weights of 1 it is
+        the difference itself.
+
         Raises
         ------
         UserError
@@ -91,7 +98,8 @@ class Measured:
             )
         ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
         difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
-        return difference_SI
+        above_I = self.weights[ours.columns].to_numpy(dtype=float) - 1
+        return difference_SI - difference_SI.mean(1, keepdims=True) * above_I
 
     def _constant(self, arm: str) -> bool:
         return arm in PSEUDO_ARMS and len(self.values[arm]) == 1
@@ -129,6 +137,8 @@ def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame 
             here = f"scores of task {task['task']} in suite {task['suite']}"
             raise UserError(unknown_name(here, task["metric"], known) if known else f"{here}: there are none; score it")
         shared = names[task["task"], task["metric"]] > 1
+        about_items = all_items.get(key)
+        where = f"{task['task']} {task['metric']}"
         measured.append(
             Measured(
                 suite=task["suite"],
@@ -138,8 +148,9 @@ def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame 
                 direction=task["direction"],
                 min_gap=task["min_gap"],
                 scale=task["scale"],
-                values=_values(all_scores[key], arms, f"scores of {task['task']} {task['metric']}"),
-                items=_matrices(all_items[key]) if key in all_items else {},
+                values=_values(all_scores[key], arms, f"scores of {where}"),
+                items={} if about_items is None else _matrices(about_items),
+                weights=pd.Series(dtype=float) if about_items is None else _weights(about_items, f"items of {where}"),
             )
         )
     return measured
@@ -174,6 +185,19 @@ def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.S
 
 def _matrices(items: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {str(arm): rows.pivot(index="seed", columns="item", values="value") for arm, rows in items.groupby("arm")}
+
+
+def _weights(items: pd.DataFrame, where: str) -> pd.Series[float]:
+    """Weight by item; a file without weights (a published one, say) is taken for one of plain means."""
+    if "weight" not in items:
+        return pd.Series(1.0, index=pd.Index(items["item"].unique()))
+    ends = items.groupby("item")["weight"].agg(["min", "max", "count", "size"])
+    odd = ends[(ends["count"] < ends["size"]) | (ends["max"] - ends["min"] > TOLERANCE)]
+    if len(odd):
+        raise UserError(f"{where}: item {odd.index[0]} has no weight, or another one for another arm; score it again")
+    if abs(ends["max"].mean() - 1) > TOLERANCE:
+        raise UserError(f"{where}: the weights have the mean {ends['max'].mean():.6g}, not 1; score it again")
+    return ends["max"]
 
 
 def read_scores(path: Path) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from torch import nn
 
 from entkd.files import locked, replacing
 
-FORMAT = 2
+FORMAT = 3
 
 
 class ResumeFolder:

@@ -24,10 +24,12 @@ RUN_COLUMNS = [
     "teacher_tokens",
     "teacher_tokens_online",
     "generated_tokens",
+    "on_policy_steps",
+    "replayed_steps",
     "resumed",
     "device",
 ]
-ONLINE_COLUMNS = ["teacher_tokens_online", "generated_tokens"]
+ONLINE_COLUMNS = ["teacher_tokens_online", "generated_tokens", "on_policy_steps", "replayed_steps"]
 """0 in records of runs from before there was student text."""
 CURVE_COLUMNS = ["arm", "seed", "step", "seconds", "metric", "value"]
 _SCORE_KEY = ["arm", "seed", "suite", "task", "metric"]

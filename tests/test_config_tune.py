@@ -94,6 +94,26 @@ def test_draws_are_uniform_over_seeds() -> None:
     assert all(abs(count - 50) < 4 * (400 * 0.125 * 0.875) ** 0.5 for count in pairs.values())
 
 
+def test_the_first_trial_is_the_arm_as_it_is_written() -> None:
+    """As far as the grids hold what it is written with; the others are drawn, each value still once in a round."""
+    grids = LR | {"method.curriculum.kappa": [0.2, 0.8, 0.4], "method.temperature.c": [-0.25, 0.25]}
+    assert 1e-3 in LR["training.lr"]
+    for seed in (1000, 1001, 1002):
+        first, *others = points(tuned(grids, arms=["full"], seed=seed), "full")
+        assert first["training.lr"] == 1e-3
+        assert first["method.curriculum.kappa"] == 0.8  # the default, which the arm does not spell out
+        assert sorted(point["training.lr"] for point in [first, *others]) == sorted(LR["training.lr"])
+    firsts = {points(tuned(grids, arms=["full"], seed=seed), "full")[0]["method.temperature.c"] for seed in range(9, 19)}
+    assert firsts == {-0.25, 0.25}  # neither is the written 0.5
+
+
+def test_every_arm_of_tuned_yaml_can_keep_its_published_settings() -> None:
+    experiment = load_experiment(ROOT / "config/experiments/tuned.yaml")
+    for name, trials in experiment.trials.items():
+        written = jobs.arm_settings(experiment, experiment.resolved_arms[name])
+        assert jobs.trial_settings(trials[0]) == written, name
+
+
 def test_a_grid_can_be_tried_out() -> None:
     grids = {"training.lr": [1e-3, 2e-3], "method.curriculum.kappa": [0.4, 0.8], "method.temperature.c": [-0.5, 0.5]}
     found = points(tuned(grids, 8, arms=["full"]), "full")

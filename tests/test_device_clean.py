@@ -32,7 +32,7 @@ from entkd.distill.metrics import Metrics
 from entkd.distill.micro_batch import MicroBatch
 from entkd.distill.objective import Objective
 from entkd.distill.optim import build_optimizer, clip_gradients, set_learning_rate
-from entkd.distill.scan import needs_scan, with_factors
+from entkd.distill.scan import scans, with_factors
 from entkd.features import feature_loss
 from entkd.fused import linear_statistics
 from entkd.methods import APPROACHES
@@ -93,7 +93,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             terms: dict[str, Tensor] = {}
             micro_batches = [micro_batch(method, logprobs), micro_batch(method, logprobs)]
-            if needs_scan(objective, micro_batches):
+            if scans(method, len(micro_batches)):
                 dtype = torch.bfloat16 if bf16 else torch.float32
                 micro_batches = with_factors(objective, micro_batches, World(), DEVICE, dtype, 2 * N, 2 * N)
             for micro in micro_batches:

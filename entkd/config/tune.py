@@ -117,21 +117,44 @@ def leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
             yield below
 
 
-def draw(grid: Mapping[str, tuple[Any, ...]], trials: int, seed: int) -> list[dict[str, Any]]:
-    """The first ``trials`` distinct points; the grid must have as many."""
+def draw(
+    grid: Mapping[str, tuple[Any, ...]], trials: int, seed: int, written: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """The first ``trials`` distinct points; the grid must have as many.
+
+    The first of them has the ``written`` value of every key whose grid holds it, so that the choice among the trials is
+    never worse on dev than the arm as it is written. Without it an arm with settings of its own would have met each
+    learning rate with other values of these than the published ones, and plain distillation would not.
+    """
     points: dict[str, dict[str, Any]] = {}
     number = 0
     while len(points) < trials:
-        point = {key: _value(key, values, number, seed) for key, values in grid.items()}
+        point = {key: _value(key, values, number, seed, (written or {}).get(key)) for key, values in grid.items()}
         points.setdefault(json.dumps(point, sort_keys=True), point)
         number += 1
     return list(points.values())
 
 
-def _value(key: str, values: tuple[Any, ...], number: int, seed: int) -> Any:
-    """The value of a key in draw ``number``."""
+def _value(key: str, values: tuple[Any, ...], number: int, seed: int, written: Any) -> Any:
+    """The value of a key in draw ``number``: each once in every turn, the ``written`` one first in the first turn."""
     turn, place = divmod(number, len(values))
-    return sorted(values, key=lambda value: _digest(f"{seed}/tune/{turn}/{key}/{json.dumps(value)}"))[place]
+
+    def rank(value: Any) -> tuple[bool, str]:
+        return turn > 0 or value != written, _digest(f"{seed}/tune/{turn}/{key}/{json.dumps(value)}")
+
+    return sorted(values, key=rank)[place]
+
+
+def _written(arm: ResolvedArm, training: Training) -> dict[str, Any]:
+    """Dotted key → value of an arm as it is written, defaults included."""
+    whole = {"method": arm.method.model_dump(mode="json"), "training": training.model_dump(mode="json")}
+    return {key: _at(whole, key) for key in leaves(whole)}
+
+
+def _at(settings: Mapping[str, Any], path: str) -> Any:
+    for part in path.split("."):
+        settings = settings[part]
+    return settings
 
 
 def _method_keys(arm: ResolvedArm) -> set[str]:
@@ -163,7 +186,7 @@ def trials_of(
         ]
     found: list[Trial] = []
     problems: list[str] = []
-    for point in draw(grid, tune.trials, tune.seed):
+    for point in draw(grid, tune.trials, tune.seed, _written(arm, training)):
         at = f"{where} at {show(point)}"
         try:
             patched, trained = at_point(arm, training, point)

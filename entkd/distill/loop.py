@@ -29,7 +29,7 @@ from entkd.distill.optim import build_optimizer, clip_gradients, learning_rates,
 from entkd.distill.outputs import write_outputs
 from entkd.distill.plan import Costs, plan_run
 from entkd.distill.run import Run
-from entkd.distill.scan import needs_scan, with_factors
+from entkd.distill.scan import scans, with_factors
 from entkd.distill.steps import step_source
 from entkd.distill.targets import TeacherTargets
 from entkd.distill.untrained import untrained_statistics
@@ -100,7 +100,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
     torch.manual_seed(runtime.stream_seed(seed, f"dropout {world.rank}" if world.rank else "dropout"))
     metrics = Metrics()
     first, seconds_before, resumed, threads = 0, 0.0, 0, [torch.get_num_threads()]
-    tokens = positions = hard = 0
+    tokens = positions = hard = scanned = 0
     best_nll, best_step, nll = math.inf, 0, math.nan
     state = resume.load()
     if state is not None:
@@ -112,7 +112,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
         metrics.rows = json.loads(state["metrics"])
         first, seconds_before, resumed = state["step"], state["seconds"], state["resumed"] + 1
         best_nll, best_step = state["best_nll"], state["best_step"]
-        tokens, positions, hard = state["tokens"], state["positions"], state["hard"]
+        tokens, positions, hard, scanned = (state[key] for key in ("tokens", "positions", "hard", "scanned"))
         source.load_state(state["source"])
         threads = sorted({*state["threads"], *threads})
         print(f"{output}: continuing after step {first} of {len(steps)}", file=sys.stderr, flush=True)
@@ -136,13 +136,14 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                 "tokens": tokens,
                 "positions": positions,
                 "hard": hard,
+                "scanned": scanned,
                 "source": source.state(),
             }
         )
         resume.prune_best(best_step)
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
-    saved_at = time.monotonic()
+    saved_at, done = time.monotonic(), first
     with StopRequest() as request, Progress(run.title, len(steps), "step", first, world.leads) as bar:
         for step, blocks in enumerate(steps, start=1):
             if step <= first:
@@ -153,7 +154,8 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             micro_batches, selected = targets_of_step.micro_batches, 0
             if method.approach is not None:
                 selected = method.approach.selected(response_lengths([micro.batch for micro in micro_batches]))
-                if needs_scan(objective, micro_batches):
+                if scans(method, len(micro_batches)):
+                    scanned += targets_of_step.tokens
                     micro_batches = with_factors(
                         objective, micro_batches, world, device, dtype, targets_of_step.positions, selected
                     )
@@ -174,6 +176,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
                     terms[name] = terms[name] + value.detach() if name in terms else value.detach()
             norm = clip_gradients(student, projectors, training.clip, optimizer)
             optimizer.step()
+            done = step
             terms = world.sum(terms)
             of_approach = {}
             if objective.approach is not None:
@@ -240,15 +243,15 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "precision": str(dtype).removeprefix("torch."),
             # Other kernels round their sums in another order: the last bits of a run depend on them.
             "compiled_kernels": device.type == "cpu" and native.available(),
-            "steps": len(steps),
-            "best_step": best_step or len(steps),
+            "steps": done,
+            "best_step": best_step or done,
             "dev_nll": nll if math.isfinite(nll) else None,
             "tokens": tokens,
             "positions": positions,
             "seconds": round(seconds, 3),
             "seconds_beforehand": round(seconds_beforehand, 3),
             "peak_gib": round(peak_gib(device), 3),
-            "tflops": costs.beforehand + costs.of_tokens(tokens, positions, hard) + source.tflops(),
+            "tflops": costs.beforehand + costs.of_tokens(tokens, positions, hard, scanned) + source.tflops(),
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             **source.record(),
             "resumed": resumed,

@@ -7,8 +7,9 @@ became one before, in a job of its own (``calibration.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from entkd.config import Training
 from entkd.data import Corpus
 from entkd.data.packing import Block, pack, plan_steps, stream_steps
 from entkd.distill.flops import training_tflops
-from entkd.distill.scan import scanned
+from entkd.distill.scan import looks, scans
 from entkd.distill.targets import TeacherTargets
 from entkd.errors import UserError
 
@@ -33,10 +34,16 @@ class Costs:
     """(documents,) tokens with a feature loss of each document."""
     block: int
     """Tokens of a block."""
+    scanning: Callable[[int], bool]
+    """Whether a step of so many micro-batches runs the student over all of them once more."""
+    micro_blocks: int
+    """Blocks of a micro-batch."""
     per_token: float
     """TFLOPs of a token through the trunk."""
     per_position: float
     """TFLOPs of a response token through the output projections."""
+    per_scanned_token: float
+    """TFLOPs of a token through the trunk without gradient, as often as an approach looks at its outputs."""
     per_feature_token: float
     """TFLOPs of a token through the projectors."""
     beforehand: float
@@ -52,7 +59,7 @@ class Costs:
         pairs = 0 if features is None else len(features.layers) if features.layers else features.points
         linear = features is not None and features.projector == "linear"
         width = store.width if store is not None and linear else 0
-        tokens, positions = scanned(targets.method, training, 1, 1)
+        read_again = looks(targets.method)
         beforehand = 0.0
         if targets.method.needs_difficulty and targets.method.difficulty.of_student:
             whole = block * len(pack(corpus.lengths, block, np.arange(len(corpus))))
@@ -64,8 +71,11 @@ class Costs:
             corpus.response_lengths,
             targets.feature_tokens(len(corpus)),
             block,
-            training_tflops(student, 1, 0, block, vocab_size, teacher_width, scanned_tokens=tokens),
-            training_tflops(student, 0, 1, block, vocab_size, teacher_width, scanned_positions=positions),
+            partial(scans, targets.method),
+            training.micro_blocks,
+            training_tflops(student, 1, 0, block, vocab_size, teacher_width),
+            training_tflops(student, 0, 1, block, vocab_size, teacher_width, scanned_positions=read_again),
+            training_tflops(student, 0, 0, block, vocab_size, None, scanned_tokens=read_again),
             training_tflops(student, 0, 0, block, vocab_size, None, projected=pairs, projector_width=width),
             beforehand,
         )
@@ -74,16 +84,18 @@ class Costs:
         """Response tokens of a step."""
         return sum(int(self.response_lengths[documents].sum()) for documents in step)
 
-    def of_tokens(self, tokens: int, positions: int, features: int) -> float:
-        """TFLOPs of steps: of tokens through the trunk, response tokens, and tokens with a feature loss."""
-        return self.per_token * tokens + self.per_position * positions + self.per_feature_token * features
+    def of_tokens(self, tokens: int, positions: int, features: int, scanned: int) -> float:
+        """TFLOPs of steps: tokens through the trunk, response tokens, tokens with a feature loss, tokens scanned."""
+        trained = self.per_token * tokens + self.per_position * positions + self.per_feature_token * features
+        return trained + self.per_scanned_token * scanned
 
     def tflops(self, steps: Sequence[Sequence[Block]]) -> float:
-        """TFLOPs of steps."""
+        """TFLOPs of steps on the data."""
         blocks = [documents for step in steps for documents in step]
         positions = sum(int(self.response_lengths[documents].sum()) for documents in blocks)
         features = sum(int(self.feature_tokens[documents].sum()) for documents in blocks)
-        return self.of_tokens(self.block * len(blocks), positions, features)
+        scanned = sum(len(step) for step in steps if self.scanning(math.ceil(len(step) / self.micro_blocks)))
+        return self.of_tokens(self.block * len(blocks), positions, features, self.block * scanned)
 
 
 def plan_run(corpus: Corpus, training: Training, seed: int, costs: Costs) -> list[list[Block]]:

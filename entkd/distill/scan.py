@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from entkd.config import Method, Training
+from entkd.config import Method
 from entkd.distill.approach import distance_slopes, document_of_tokens, factors_of_batches
 from entkd.distill.distributed import World
 from entkd.distill.micro_batch import MicroBatch
@@ -19,24 +19,16 @@ from entkd.methods.base import Factors
 from entkd.runtime import to_device
 
 
-def needs_scan(objective: Objective, micro_batches: list[MicroBatch]) -> bool:
-    """Whether a forward pass of its own is needed; a single micro-batch is looked at while it is trained."""
-    approach = objective.approach
-    return (
-        approach is not None
-        and bool(approach.settings.statistics)
-        and approach.settings.scope == "batch"
-        and len(micro_batches) > 1
-    )
-
-
-def scanned(method: Method, training: Training, tokens: int, positions: int) -> tuple[int, int]:
-    """Tokens and response tokens of a run that trunk and output projections saw once more, without gradient."""
+def looks(method: Method) -> int:
+    """How often an approach reads every token's outputs, without gradient, before it weighs them."""
     if method.approach is None or not method.approach.statistics:
-        return 0, 0
-    whole = method.approach.scope == "batch" and training.blocks_per_step > training.micro_blocks
-    looks = 2 if method.approach.moves_temperature else 1
-    return (looks * tokens if whole else 0), looks * positions
+        return 0
+    return 2 if method.approach.moves_temperature else 1
+
+
+def scans(method: Method, micro_batches: int) -> bool:
+    """Whether a step needs forward passes of its own for that; a single micro-batch is read while it is trained."""
+    return looks(method) > 0 and method.approach is not None and method.approach.scope == "batch" and micro_batches > 1
 
 
 @torch.no_grad()

@@ -143,8 +143,11 @@ class TeacherTargets:
             return np.zeros(documents, dtype=np.int64)
         assert self.difficulty_R is not None
         tokens_R = torch.arange(len(self.difficulty_R)) if features.tokens == "random" else None
-        # A moving θ at its middle: the costs of the steps are summed, and projectors are a small part of them.
-        chosen_R = select_tokens(self.difficulty_R, features, tokens_R, self.seed, progress=0.5)
+        # A moving θ at its middle: the costs of the steps are summed, and projectors are a small part of them. Under a
+        # curriculum that stands still so does θ.
+        kind = self.method.curriculum.progress if self.method.curriculum is not None else "lr"
+        progress = {"easy": 0.0, "hard": 1.0}.get(kind, 0.5)
+        chosen_R = select_tokens(self.difficulty_R, features, tokens_R, self.seed, progress=progress)
         lengths = torch.as_tensor(self._corpus.response_lengths, dtype=torch.long)
         document_R = torch.repeat_interleave(torch.arange(documents), lengths)
         return torch.bincount(document_R[chosen_R], minlength=documents).numpy()

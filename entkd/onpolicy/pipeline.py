@@ -84,12 +84,8 @@ class OnPolicy(Source):
         self.reference: float | None = None
         """Dev loss that the next one is compared with; None before the first step."""
         self.buffer = ReplayBuffer(self.settings.capacity if isinstance(self.settings, DistiLLM) else 1)
-        largest = max(sum(len(block) for block in blocks) for blocks in steps)
-        if isinstance(self.settings, DistiLLM) and self.settings.capacity < largest:
-            raise UserError(
-                f"method.on_policy.capacity: {self.settings.capacity} documents, and a step has up to {largest}; "
-                "raise it, or lower training.blocks_per_step"
-            )
+        if isinstance(self.settings, DistiLLM):
+            _check_capacity(self.settings, [sum(len(block) for block in blocks) for blocks in steps])
 
     def step(self, step: int, blocks: Sequence[Block], batches: Sequence[Batch], progress: float) -> Step:
         """A step of the data, or of text that the student has written to its prompts, or of the buffer."""
@@ -204,3 +200,15 @@ class OnPolicy(Source):
         return (
             student + self.teacher.flops(ledger.teacher_tokens_online, ledger.positions, self.training.block)
         ) / 1e12
+
+
+def _check_capacity(settings: DistiLLM, documents: Sequence[int]) -> None:
+    """Refuse a buffer that is smaller than a step, or that no run of these steps could ever draw from."""
+    where = f"method.on_policy.capacity: {settings.capacity} documents"
+    if settings.capacity < max(documents):
+        raise UserError(f"{where}, and a step has up to {max(documents)}; raise it, or lower training.blocks_per_step")
+    if settings.variant == "authors" and settings.capacity > sum(documents):
+        raise UserError(
+            f"{where}, and the steps of this run have {sum(documents)} in all: a buffer that is drawn from when it is "
+            "full would never be; lower it, or train longer"
+        )

@@ -18,6 +18,7 @@ from entkd.config import Method, Signals
 from entkd.data.packing import Batch
 from entkd.distill.flops import trunk_flops_per_token
 from entkd.distill.micro_batch import Teacher
+from entkd.distill.scan import looks
 from entkd.distill.targets import TeacherTargets, infinite_at_zero
 from entkd.errors import UserError
 from entkd.signals import SignalStore
@@ -114,11 +115,14 @@ class OnlineTeacher:
         return partial(self._logprobs, taught.hidden_NE)
 
     def flops(self, tokens: int, positions: int, block: int) -> float:
-        """Of so many tokens through the trunk and so many response tokens' statistics; none where none were asked."""
+        """Of so many tokens through the trunk and so many response tokens' projections; none where none were asked."""
         if not tokens:
             return 0.0
         trunk = trunk_flops_per_token(self._pass.model, block) * tokens
-        return trunk + 2.0 * self._store.width * self._store.vocab_size * positions
+        # Projected once for the statistics; where the loss reads log-probabilities, again whenever it does. Where it
+        # projects the hidden states itself, that is part of the step.
+        times = 1 if self._targets.head_UE is not None else 2 + looks(self._method)
+        return trunk + times * 2.0 * self._store.width * self._store.vocab_size * positions
 
     @torch.no_grad()
     def _logprobs(self, hidden_NE: Tensor) -> Tensor:

@@ -99,7 +99,8 @@ class Measured:
         ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
         difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
         above_I = self.weights[ours.columns].to_numpy(dtype=float) - 1
-        return difference_SI - difference_SI.mean(1, keepdims=True) * above_I
+        difference_SI -= difference_SI.mean(1, keepdims=True) * above_I
+        return difference_SI
 
     def _constant(self, arm: str) -> bool:
         return arm in PSEUDO_ARMS and len(self.values[arm]) == 1

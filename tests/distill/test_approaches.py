@@ -18,7 +18,7 @@ from entkd.data.packing import collate
 from entkd.distill import distill
 from entkd.distill.approach import ApproachState, factors_of_batches, response_lengths
 from entkd.distill.distributed import World
-from entkd.distill.scan import needs_scan, with_factors
+from entkd.distill.scan import scans, with_factors
 from entkd.methods import APPROACHES
 
 TRAINING = Training(steps=6, block=64, blocks_per_step=4, micro_blocks=2, lr=3e-3, precision="fp32", eval_every=3)
@@ -73,7 +73,7 @@ def loss_and_gradient(tiny, method: Method, micros, state: dict[str, float] | No
     micro_batches, selected = step.micro_batches, 0
     if method.approach is not None:
         selected = method.approach.selected(response_lengths(batches))
-        if needs_scan(objective, micro_batches):
+        if scans(method, len(micro_batches)):
             cpu = torch.device("cpu")
             micro_batches = with_factors(
                 objective, micro_batches, World(), cpu, torch.float32, step.positions, selected

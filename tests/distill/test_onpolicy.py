@@ -24,6 +24,7 @@ from entkd.data.packing import plan_steps
 from entkd.distill import distill, loop
 from entkd.distill.distributed import World
 from entkd.distill.evaluate import dev_nll
+from entkd.distill.flops import trunk_flops_per_token
 from entkd.distill.objective import Objective
 from entkd.distill.run import Run
 from entkd.distill.targets import TeacherTargets
@@ -62,6 +63,14 @@ def rows(output: Path) -> list[dict]:
 
 def without_seconds(output: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows(output)]
+
+
+def with_logprobs(tiny, folder: Path) -> Path:
+    """Signals of the same data that hold log-probabilities."""
+    signals = folder / "signals" / "manifest.json"
+    needs = {"features": None, "splits": ["train"]}
+    write_signals(Signals(mode="logprobs"), needs, tiny.teacher, tiny.data, folder / "cache", signals, "fp32")
+    return signals
 
 
 def source_of(tiny, method: Method, training: Training = TRAINING, signals: Path | None = None):
@@ -268,8 +277,12 @@ def test_share_1_trains_on_nothing_but_the_students_text(tiny, tmp_path: Path, m
     assert logged[-1]["kd"] < logged[0]["kd"]
 
 
-def test_the_ledger_of_tflops_counts_generation_and_the_teacher(tiny, tmp_path: Path) -> None:
-    record = run(tiny, tmp_path, gkd(1.0))
+@pytest.mark.parametrize("mode", ["hidden", "logprobs"])
+def test_the_ledger_of_tflops_counts_generation_and_the_teacher(tiny, tmp_path: Path, mode: str) -> None:
+    """Where the loss reads log-probabilities the teacher projects once more, and the student's step does not."""
+    if mode == "logprobs":
+        tiny = dataclasses.replace(tiny, signals=with_logprobs(tiny, tmp_path))
+    record = run(tiny, tmp_path / "run", gkd(1.0))
     student, teacher = load_model(tiny.student), load_model(tiny.teacher)
 
     def trunk(model) -> float:
@@ -284,6 +297,36 @@ def test_the_ledger_of_tflops_counts_generation_and_the_teacher(tiny, tmp_path: 
         trunk(student) * (prompts + written) + head * written + trunk(teacher) * (prompts + written) + head * written
     )
     assert record["tflops"] == pytest.approx((training + online) / 1e12, rel=1e-6)
+
+
+def test_looks_at_the_students_text_are_counted_where_they_happen(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is one micro-batch of data may be several of the student's text, and the other way round."""
+    looked = []
+    whole = loop.with_factors
+
+    def counting(objective, micro_batches, *rest):
+        looked.append(sum(micro.batch.input_ids_BL.numel() for micro in micro_batches))
+        return whole(objective, micro_batches, *rest)
+
+    monkeypatch.setattr(loop, "with_factors", counting)
+    one = TRAINING.model_copy(update={"blocks_per_step": 1, "micro_blocks": 1})
+    long = {"name": "gkd", "share": 1.0, "max_response_tokens": 40}
+    record = run(tiny, tmp_path / "run", method_of(long, approach="adakd", divergence="reverse_kl"), one)
+    plain = run(tiny, tmp_path / "plain", method_of(long, divergence="reverse_kl"), one)
+    assert sum(looked) > 0
+
+    def flops(record: dict, scanned: int, looks: int) -> float:
+        student, teacher = load_model(tiny.student), load_model(tiny.teacher)
+        head, written = 2.0 * 32 * 300, record["positions"]
+        read = record["teacher_tokens_online"]
+        trunks = [trunk_flops_per_token(model, 64) for model in (student, teacher)]
+        training = trunks[0] * (3 * record["tokens"] + scanned) + (4 + 2 * looks) * head * written
+        return (training + (trunks[0] + trunks[1]) * read + 2 * head * written) / 1e12
+
+    assert record["tflops"] == pytest.approx(flops(record, sum(looked), 1), rel=1e-6)
+    assert plain["tflops"] == pytest.approx(flops(plain, 0, 0), rel=1e-6)
 
 
 DISTILLM = {"name": "distillm", "share": 0.6, "share_step": 0.04, "loss_tolerance": 0.0, "max_response_tokens": 12}
@@ -490,6 +533,9 @@ def test_refusals_name_the_setting(tiny, tmp_path: Path, monkeypatch: pytest.Mon
         run(dataclasses.replace(tiny, teacher=tmp_path), tmp_path / "c", gkd(0.5))
     with pytest.raises(UserError, match=r"method\.on_policy\.capacity: 3 documents, and a step has up to \d+"):
         run(tiny, tmp_path / "d", method_of({"name": "distillm", "capacity": 3}))
+    # The default of the release: in a run this short its buffer would never be full, and the arm would be another one.
+    with pytest.raises(UserError, match=r"capacity: 1000 documents, and the steps of this run have \d+ in all"):
+        run(tiny, tmp_path / "e", method_of({"name": "distillm"}))
 
     source, _, steps = source_of(tiny, gkd(1.0, divergence="reverse_kl"))
     original = source.teacher._pass.forward

@@ -32,6 +32,11 @@ ARMS = {
     "all": {"divergence": "forward_kl", "features": {"tokens": "all"}},
     "random": {"divergence": "forward_kl", "features": {"tokens": "random", "threshold": 0.6}},
     "easy": {"divergence": "forward_kl", "features": {"tokens": "easy"}},
+    "moving": {
+        "divergence": "forward_kl",
+        "curriculum": {"progress": "hard"},
+        "features": {"threshold": 1.0, "threshold_end": 0.0},
+    },
     "initial_kl": {"divergence": "forward_kl", "curriculum": {}, "difficulty": {"source": "initial_kl"}},
     "initial_entropy": {
         "divergence": "forward_kl",
@@ -166,6 +171,15 @@ def test_projector_flops_equal_the_counted_ones() -> None:
     assert 1e12 * analytic == pytest.approx(counter.get_total_flops())
 
 
+@pytest.mark.parametrize("progress", ["easy", "hard"])
+def test_a_moving_threshold_that_stands_still_is_planned_where_it_stands(tiny, tmp_path: Path, progress: str) -> None:
+    moving = ARMS["moving"] | {"curriculum": {"progress": progress}}
+    corpus = Corpus.open(tiny.data, "train")
+    targets = TeacherTargets(Method.model_validate(moving), tiny.signals, tiny.data, corpus, 0)
+    known = targets.feature_tokens(len(corpus)).sum()
+    assert known == (0 if progress == "easy" else corpus.response_tokens)
+
+
 def test_a_budget_below_one_step_is_refused(tiny) -> None:
     corpus, costs = costs_of(tiny, "kd")
     with pytest.raises(UserError, match=r"training\.budget: 3 tokens is less than a run of one step costs"):
@@ -285,6 +299,7 @@ def test_a_diverging_trial_is_a_result(tiny, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("entkd.distill.loop.dev_nll", lambda *_: float("nan"))
     record = trained(tiny, tmp_path, "kd", training(steps=6, eval_every=2), trial=True)
     assert record["dev_nll"] is None
+    assert record["steps"] == record["best_step"] == 2  # those it did
     assert record["tflops"] == pytest.approx(costs_of(tiny, "kd")[1].tflops(
         plan_run(Corpus.open(tiny.data, "train"), training(steps=2), 0, costs_of(tiny, "kd")[1])
     ))  # fmt: skip

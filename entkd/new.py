@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import keyword
 import re
 from pathlib import Path
 
+from entkd.config import DIVERGENCE_NAMES
 from entkd.errors import UserError
 from entkd.files import replacing
 from entkd.methods import APPROACHES
@@ -109,15 +112,26 @@ def new(kind: str, name: str, root: Path = ROOT) -> list[Path]:
         raise UserError(f"new {kind}: allowed are {', '.join(KINDS)}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise UserError(f"new {kind} {name}: use a name of lower-case letters, digits and _, such as my_method")
+    title = "".join(part.capitalize() for part in name.split("_"))
+    if title in _names_in_use() or name in DIVERGENCE_NAMES:
+        raise UserError(f"new {kind} {name}: `{title}` or `{name}` is something else already; choose another name")
     files = {root / f"entkd/methods/{name}.py": METHOD, root / f"tests/methods/test_{name}.py": TEST}
     taken = [path for path in files if path.exists()]
     if name in APPROACHES or taken:
         raise UserError(f"new {kind} {name}: is there already ({taken[0] if taken else name}); choose another name")
     if not (root / "tests").is_dir():
         raise UserError(f"new {kind} {name}: {root} is no checkout of the project; clone it and install it with -e")
-    title = "".join(part.capitalize() for part in name.split("_"))
     for path, text in files.items():
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(text.format(title=title, name=name), encoding="utf-8")
     return list(files)
+
+
+def _names_in_use() -> set[str]:
+    """What the class must not be called: words of the language, its built-ins, and names in the written files."""
+    texts = [template.format(title="Title", name="name") for template in (METHOD, TEST)]
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    own = {node.id for node in nodes if isinstance(node, ast.Name)}
+    own |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return {*keyword.kwlist, *dir(builtins), *own}

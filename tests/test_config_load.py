@@ -253,6 +253,9 @@ def test_yaml_words_and_numbers_mean_what_they_look_like(tmp_path: Path) -> None
         ("a: [1\n", "not valid YAML"),
         ("- 1\n", "an experiment is a mapping of settings"),
         ("", "an experiment is a mapping of settings"),
+        ("a:\n\tb: 1\n", r"not valid YAML: (?!.*unicode string).* line 2, column 1"),
+        ("[a, b]: {}\n", "not valid YAML: .* found unhashable key line 1"),
+        ("a: " + "[" * 3000, "nested too deeply"),
     ],
 )
 def test_files_that_are_no_experiment(tmp_path: Path, text: str, message: str) -> None:
@@ -261,6 +264,22 @@ def test_files_that_are_no_experiment(tmp_path: Path, text: str, message: str) -
         load_experiment(tmp_path / "x.yaml")
     with pytest.raises(ConfigError, match="no such experiment file"):
         load_experiment(tmp_path / "y.yaml")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_files_in_another_encoding_are_named_as_such(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.yaml").write_bytes("name: café\n".encode(encoding))
+    with pytest.raises(ConfigError, match=r"x\.yaml: not in UTF-8 \(byte \d+: .*\); save it as UTF-8"):
+        load_experiment(tmp_path / "x.yaml")
+
+
+def test_arms_may_share_settings_by_yaml_merge_keys(tmp_path: Path) -> None:
+    arms = "arms:\n  kd: &kd {}\n  hot: &hot { temperature: { base: 2.0, c: 0 } }\n"
+    arms += "  hot_jsd: { <<: *hot, divergence: jsd }\n"
+    settings = {key: value for key, value in minimal().items() if key != "arms"}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(settings) + arms, encoding="utf-8")
+    method = load_experiment(tmp_path / "x.yaml").resolved_arms["hot_jsd"].method
+    assert (method.divergence.name, method.temperature.base) == ("jsd", 2.0)
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("config/**/*.yaml")), ids=lambda file: file.stem)

@@ -38,7 +38,24 @@ def test_the_skeleton_passes_its_own_test_and_lacks_a_reference(tmp_path: Path) 
     assert re.search(r"AssertionError: write its loss .* tests/methods/cases.py\n.*\{'my_method'\}", suite)
 
 
-@pytest.mark.parametrize("name", ["Mine", "my-method", "class", "../x", "adakd"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Mine",
+        "my-method",
+        "class",
+        "../x",
+        "adakd",
+        "none",
+        "true",
+        "literal",
+        "tokens",
+        "method",
+        "factors",
+        "exception",
+        "todi",
+    ],
+)
 def test_names_that_cannot_be(name: str, tmp_path: Path) -> None:
     (tmp_path / "tests").mkdir()
     with pytest.raises(UserError, match=f"new method {name}"):

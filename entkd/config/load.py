@@ -26,8 +26,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`: what follows may replace what it brings
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, Hashable):  # refused below
+                continue
+            if key in seen:
                 first, line = seen[key] + 1, key_node.start_mark.line + 1
                 raise ConfigError([f"line {line}: `{key}` is already given on line {first}; one of them would be lost"])
             seen[key] = key_node.start_mark.line
@@ -63,12 +67,17 @@ def load_experiment(path: str | Path, overrides: Mapping[str, Any] | None = None
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError([f"no such experiment file (working directory {Path.cwd()})"], source) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not in UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8"], source) from None
     try:
         settings = yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(error.problems, source) from None
     except yaml.YAMLError as error:
-        raise ConfigError([" ".join(f"not valid YAML: {error}".split())], source) from None
+        says = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError([f"not valid YAML: {says}"], source) from None
+    except RecursionError:
+        raise ConfigError(["nested too deeply to be an experiment"], source) from None
     if not isinstance(settings, dict):
         raise ConfigError(["an experiment is a mapping of settings; this file holds none"], source)
     if overrides:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
@@ -25,8 +25,11 @@ class Settings(BaseModel):
         if isinstance(values, Mapping):
             for key, value in values.items():
                 field = cls.model_fields.get(key)
-                if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                    raise ValueError(f"{key}: {str(value).lower()} is allowed only where true or false is asked for")
+                given = value if isinstance(value, list | tuple) else [value]
+                booleans = [entry for entry in given if isinstance(entry, bool)]
+                if booleans and field is not None and field.annotation is not bool:
+                    says = f"{key}: {str(booleans[0]).lower()} is allowed only where true or false is asked for"
+                    raise ValueError(f"{says}{_instead(key, booleans[0], field.annotation)}")
         return values
 
     def idle(self) -> dict[str, str]:
@@ -40,6 +43,14 @@ class Settings(BaseModel):
             if getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True):
                 raise ValueError(f"`{key}` means nothing with `{why}`; remove it (`{key}: null` in an arm)")
         return self
+
+
+def _instead(key: str, value: bool, annotation: Any) -> str:
+    """How a block of settings is switched, where someone wrote true or false for it."""
+    kinds = get_args(annotation) or (annotation,)
+    if not any(isinstance(kind, type) and issubclass(kind, Settings) for kind in kinds):
+        return ""
+    return f"; write `{key}: {'{}' if value else 'null'}`"
 
 
 def idle_keys(settings: Settings, path: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from entkd.config import Arm, Method
 from entkd.config.arms import expand_sweeps, merge_patch, resolve_arms
+from entkd.config.errors import ProblemsError
 
 # RFC 7396, appendix A, without the cases that remove what is not there, which we refuse.
 RFC = [
@@ -107,6 +108,11 @@ def test_sweeps_expand_to_the_product() -> None:
     assert list(grid) == ["t", "t.c=-0.5.t2=linear", "t.c=-0.5.t2=off", "t.c=0.25.t2=linear", "t.c=0.25.t2=off"]
     assert grid["t.c=0.25.t2=off"].patch == {"temperature": {"c": 0.25, "t2": "off"}}
     assert {arm.role for name, arm in grid.items() if name != "t"} == {"control"}
+
+
+def test_a_mistake_in_a_sweep_is_named_as_one() -> None:
+    with pytest.raises(ProblemsError, match=r"sweeps, arm t\.kapa=0\.1\.curriculum: unknown key `kapa`.* `kappa`"):
+        resolve_arms(Method(divergence="forward_kl"), {"t": Arm()}, {"t": {"curriculum.kapa": [0.1]}})
 
 
 def test_sweeps_that_make_no_new_arm_are_refused() -> None:

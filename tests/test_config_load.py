@@ -53,6 +53,16 @@ BAD = [
     ("training", DELETED, "`training` is missing. How long and how it learns."),
     ("training/lr", -1, "training.lr: -1 must be greater than 0"),
     ("training/steps", "fast", 'training.steps: "fast" must be a whole number'),
+    ("training/betas", [True, 0.9], "training: betas: true is allowed only where true or false is asked for"),
+    ("seeds", [True], "seeds: true is allowed only where true or false is asked for"),
+    ("method/curriculum", True, "method: curriculum: true is allowed only where true or false is asked for; write "),
+    (
+        "arms/full/curriculum",
+        False,
+        "arms.full: curriculum: false is allowed only where true or false is asked for; write `c",
+    ),
+    ("seeds", 3, "seeds: 3 must be a list; write `[3]`"),
+    ("name", 7, 'name: 7 must be text; write it in quotes: `"7"`'),
     ("training/steps", True, "training: steps: true is allowed only where true or false is asked for"),
     ("training/epochs", 1, "training: give exactly one of steps, epochs and budget"),
     ("training/micro_blocks", 3, "training: blocks_per_step 2 is not a multiple of micro_blocks 3"),
@@ -74,7 +84,7 @@ BAD = [
     ("arms/x", {"curriculum": None}, "arms.x.curriculum: null removes `curriculum`, but the method has none"),
     ("arms/x", {"role": "control"}, "arms.x: the same experiment as arms.kd; remove one of them"),
     ("arms/x", {"divergence": None}, "arms.x: a method needs a divergence, or ce, or both"),
-    ("arms/Big", {"ce": {}}, 'arms.Big: "Big" must match ^[a-z0-9][a-z0-9_.=-]*$'),
+    ("arms/Big", {"ce": {}}, 'arms.Big: "Big" must match ^[a-z0-9][a-z0-9_.=-]*$ (lower-case letters'),
     ("arms/teacher", {"ce": {}}, "arms.teacher: this name stands for a reference row of the table"),
     (
         "arms/x",
@@ -210,6 +220,15 @@ def test_all_problems_at_once(load: Callable[..., Experiment]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(settings)
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["training.lr", "arms.kd.role", "seeds"]
+
+
+def test_keys_that_are_missing_have_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(tmp_path / "x.yaml")
+    missing = ("data", "training", "method", "arms", "suites")
+    lines = str(caught.value).splitlines()
+    assert [f"x.yaml: `{key}` is missing." in line for key, line in zip(missing, lines, strict=True)] == [True] * 5
 
 
 def test_minimal_experiment_is_complete(load: Callable[..., Experiment]) -> None:

@@ -16,12 +16,12 @@ from pydantic import ValidationError, model_validator
 from entkd.config.errors import ProblemsError, problems_of, show, unknown_name
 from entkd.config.method import Method
 from entkd.config.words import base_of
-from entkd.names import COMPONENTS
+from entkd.names import COMPONENTS, SLUG
 from entkd.settings import Settings
 
 Role = Literal["factorial", "baseline", "control"]
 
-ARM_NAME = re.compile(r"[a-z0-9][a-z0-9_.=-]*")
+ARM_NAME = re.compile(SLUG)
 RESERVED_NAMES = ("teacher", "untrained")
 """Rows of the table that are not arms: the teacher, and the student before training."""
 
@@ -143,10 +143,11 @@ def resolve_arms(
         if name in RESERVED_NAMES:
             problems.append(f"arms.{name}: this name stands for a reference row of the table; choose another")
             continue
+        where = f"arms.{name}" if name in arms else f"sweeps, arm {name}"
         try:
-            patched = Method.model_validate(merge_patch(base, arm.patch, f"arms.{name}"))
+            patched = Method.model_validate(merge_patch(base, arm.patch, where))
         except ValidationError as error:
-            problems += problems_of(error, Method, f"arms.{name}", extra=("role", "pipeline"))
+            problems += problems_of(error, Method, where, extra=("role", "pipeline"))
             continue
         except ValueError as error:
             problems.append(str(error))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from entkd.errors import UserError
+from entkd.names import SLUG
 
 EXPECTED = {
     "int": "a whole number",
@@ -67,7 +68,8 @@ def problems_of(
     ``prefix`` is the dotted path at which the model stands in the file; ``extra`` are keys that are allowed
     beside the model's own at its top level.
     """
-    lines: dict[str, list[str]] = {}
+    # What a value may be instead is one line; keys that are missing or unknown are one each.
+    lines: dict[tuple[str, str], list[str]] = {}
     verbatim: list[str] = []
     reports = error.errors(include_url=False)
     for report in reports:
@@ -81,10 +83,13 @@ def problems_of(
             continue
         path, owner = _locate(model, report["loc"], prefix)
         path, text = _text(path, dict(report), owner, extra if owner is model else ())
-        texts = lines.setdefault(path, [])
+        own = text if report["type"] in ("missing", "extra_forbidden") else ""
+        texts = lines.setdefault((path, own), [])
         if text not in texts:
             texts.append(text)
-    return verbatim + [f"{path}: {' or '.join(texts)}" if path else " or ".join(texts) for path, texts in lines.items()]
+    return verbatim + [
+        f"{path}: {' or '.join(texts)}" if path else " or ".join(texts) for (path, _), texts in lines.items()
+    ]
 
 
 def _text(path: str, report: dict[str, Any], owner: type[BaseModel] | None, extra: Iterable[str]) -> tuple[str, str]:
@@ -112,11 +117,22 @@ def _text(path: str, report: dict[str, Any], owner: type[BaseModel] | None, extr
     if kind == "too_short":
         return path, f"{show(value)} needs at least {context['min_length']} entry"
     if kind == "string_pattern_mismatch":
-        return path, f"{show(value)} must match {context['pattern']}"
+        words = " (lower-case letters, digits and _ . = - alone)" if context["pattern"] == SLUG else ""
+        return path, f"{show(value)} must match {context['pattern']}{words}"
     if kind.endswith(("_type", "_parsing", "_from_float")) and kind.partition("_")[0] in EXPECTED:
-        return path, f"{show(value)} must be {EXPECTED[kind.partition('_')[0]]}"
+        return path, f"{show(value)} must be {EXPECTED[kind.partition('_')[0]]}{_instead(kind, value)}"
     message = report["msg"][0].lower() + report["msg"][1:]
     return path, f"{show(value)} {message.replace('input should be', 'must be')}"
+
+
+def _instead(kind: str, value: Any) -> str:
+    """What to write in place of a value of another type, where that is plain."""
+    scalar = isinstance(value, int | float | str)
+    if kind in ("tuple_type", "list_type") and scalar:
+        return f"; write `[{value}]`"
+    if kind == "string_type" and scalar:
+        return f'; write it in quotes: `"{value}"`'
+    return ""
 
 
 def show(value: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from entkd.config.budget import Budget
+from entkd.names import SLUG
 from entkd.settings import Settings
 
-Slug = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.=-]*$")]
+Slug = Annotated[str, Field(pattern=SLUG)]
 """A name that can be part of a path and of a rule's wildcard."""
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

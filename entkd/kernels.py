@@ -21,7 +21,7 @@ from torch import Tensor
 
 from entkd import native
 from entkd.divergences import DIVERGENCES, adaptive_shares, log_mixture
-from entkd.methods import bdkd
+from entkd.methods import APPROACHES
 from entkd.softmax import exp, in_full, log_softmax, write_scaled
 
 Terms = Callable[..., tuple[Tensor, Tensor]]
@@ -103,7 +103,7 @@ TERMS: dict[str, Terms] = {
     "alpha_beta": _alpha_beta,
     "todi": _todi,
     "tvd": _tvd,
-    "bdkd": bdkd.terms,
+    **{name: approach.own_terms for name, approach in APPROACHES.items() if approach.own_terms is not None},
 }
 """f and a of every divergence, and of the approaches that are one."""
 

@@ -9,6 +9,7 @@ from references import formulas
 from entkd.config import DIVERGENCE_NAMES
 from entkd.divergences import DIVERGENCES
 from entkd.kernels import TERMS, _out_of_place, value_and_gradient
+from entkd.methods import APPROACHES
 from entkd.softmax import cross_entropy
 
 CLOSED = [name for name in DIVERGENCE_NAMES if name in TERMS]
@@ -66,9 +67,10 @@ def test_extreme_logits_give_finite_gradients(name):
     assert torch.isfinite(value).all()
 
 
-def test_closed_forms_are_of_divergences_and_bdkd():
+def test_closed_forms_are_of_divergences_and_of_approaches_that_are_one():
     """Not of every divergence: a new one may do without."""
-    assert set(TERMS) - set(DIVERGENCES) == {"bdkd"}
+    own = {name for name, approach in APPROACHES.items() if approach.own_terms is not None}
+    assert set(TERMS) - set(DIVERGENCES) == own >= {"bdkd"}
 
 
 def test_one_without_a_closed_form_is_differentiated(monkeypatch):

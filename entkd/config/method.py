@@ -183,6 +183,12 @@ class Method(Settings):
                 raise ValueError(f"approach {self.approach.name} shapes the divergence term, which is null here")
             for key, why in self.approach.problems(self):
                 raise ValueError(f"{key}: {why}")
+            trained, _ = self.approach.divergence(self.divergence.name, self.divergence.parameters())
+            if trained not in (*DIVERGENCE_NAMES, self.approach.name if self.approach.own_terms is not None else None):
+                raise ValueError(
+                    f"approach: {self.approach.name} trains `{trained}`, which is no divergence; give its class "
+                    "`own_terms`, or let `divergence` name one that is there"
+                )
         if self.on_policy is not None:
             if self.divergence is None:
                 raise ValueError(

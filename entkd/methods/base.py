@@ -15,7 +15,7 @@ Shapes: N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -66,6 +66,10 @@ class Approach(Settings):
     """Authors, year, arXiv id."""
     terms: ClassVar[tuple[str, ...]] = ()
     """Further sums that the loss must report: ``target_cross_entropy``, ``temperature_gradient``."""
+
+    own_terms: ClassVar[Callable[..., tuple[Tensor, Tensor]] | None] = None
+    """f and a of a divergence Σ_v f(p_v, q_v) of its own, as ``entkd.kernels.TERMS`` has them. It has the approach's
+    name, which `divergence` then returns with the settings that the function takes."""
 
     name: str
     """Which approach."""

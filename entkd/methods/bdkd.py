@@ -24,11 +24,25 @@ if TYPE_CHECKING:
     from entkd.config.method import Method
 
 
+def _terms(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, strength: float = 3.0, scale: str = "sum"
+) -> tuple[Tensor, Tensor]:
+    """f and a of ``entkd.kernels.TERMS``."""
+    teacher_R1, student_R1 = -(p * log_p).sum(-1, keepdim=True), -(q * log_q).sum(-1, keepdim=True)
+    prefers_forward = (teacher_R1 > student_R1).to(p.dtype)
+    total = strength + 1 if scale == "mean" else 1.0
+    forward_R1 = (1 + (strength - 1) * prefers_forward) / total
+    reverse_R1 = (strength - (strength - 1) * prefers_forward) / total
+    forward, reverse = forward_R1 * p * (log_p - log_q), reverse_R1 * q * (log_q - log_p)
+    return forward + reverse, reverse - forward_R1 * p
+
+
 class BDKD(Approach):
     """Forward and reverse KL by which model is less certain (arXiv 2212.12965)."""
 
     citation: ClassVar[str] = "BD-KD, 2022, arXiv 2212.12965"
 
+    own_terms = staticmethod(_terms)
     name: Literal["bdkd"] = "bdkd"
     """Which approach."""
     strength: float = Field(3.0, ge=1)
@@ -44,16 +58,3 @@ class BDKD(Approach):
 
     def divergence(self, name: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "bdkd", {"strength": self.strength, "scale": self.scale}
-
-
-def terms(
-    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, strength: float = 3.0, scale: str = "sum"
-) -> tuple[Tensor, Tensor]:
-    """f and a of ``entkd.kernels.TERMS``."""
-    teacher_R1, student_R1 = -(p * log_p).sum(-1, keepdim=True), -(q * log_q).sum(-1, keepdim=True)
-    prefers_forward = (teacher_R1 > student_R1).to(p.dtype)
-    total = strength + 1 if scale == "mean" else 1.0
-    forward_R1 = (1 + (strength - 1) * prefers_forward) / total
-    reverse_R1 = (strength - (strength - 1) * prefers_forward) / total
-    forward, reverse = forward_R1 * p * (log_p - log_q), reverse_R1 * q * (log_q - log_p)
-    return forward + reverse, reverse - forward_R1 * p

@@ -17,6 +17,7 @@ from entkd.distill.micro_batch import MicroBatch
 from entkd.methods import APPROACHES
 from entkd.methods.adakd import AdaKD
 from entkd.methods.base import Tokens
+from entkd.methods.bdkd import BDKD
 from entkd.methods.ctkd import CTKD
 from entkd.methods.eakd import EAKD
 from entkd.methods.sekd import SEKD
@@ -294,6 +295,15 @@ def test_the_reversal_rises_along_half_a_cosine() -> None:
 def test_what_does_not_fit_together_is_refused(method: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Method.model_validate({"divergence": "forward_kl"} | method)
+
+
+def test_an_approach_whose_divergence_nothing_computes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs, and not by the training job."""
+    monkeypatch.setattr(BDKD, "own_terms", None)
+    with pytest.raises(
+        ValueError, match=r"approach: bdkd trains `bdkd`, which is no divergence; give its class `own_t"
+    ):
+        Method.model_validate({"divergence": "forward_kl", "approach": "bdkd"})
 
 
 def test_documents_are_cut_where_positions_restart() -> None:

@@ -100,15 +100,30 @@ def _student_width(experiment: Experiment, known: folders.ModelFolder | None, te
 
 
 def _layer_problems(experiment: Experiment, teacher_depth: int | None, student_depth: int | None) -> Iterator[str]:
-    """Layer pairs of arms that the student, or the signals of the teacher, will not have."""
+    """Layers that arms compare and the student, or the signals of the teacher, will not have."""
     stored, features = None, experiment.signals.features
-    if features is not None and teacher_depth is not None and features.points <= teacher_depth:
-        stored = folders.layer_points(teacher_depth, features.points)
+    if features is not None and teacher_depth is not None:
+        problem = folders.points_problem(features.points, teacher_depth, "teacher")
+        if not problem:
+            stored = folders.layer_points(teacher_depth, features.points)
+        elif _writes_signals(experiment):
+            yield f"signals.features.points: {problem}"
     for path, wanted in _features(experiment, "layers"):
         if wanted.layers is not None:
             problem = folders.layer_pairs_problem(wanted.layers, student_depth, stored)
             if problem:
                 yield f"{path}.layers: {problem}"
+    for path, wanted in _features(experiment, "points"):
+        if wanted.layers is None and student_depth is not None:
+            problem = folders.points_problem(wanted.points, student_depth, "student")
+            if problem:
+                yield f"{path}.points: {problem}"
+
+
+def _writes_signals(experiment: Experiment) -> bool:
+    """Whether an arm, or the fidelity of a suite, reads the teacher's signals."""
+    arms, suites = experiment.resolved_arms.values(), experiment.suites.values()
+    return any(arm.method.needs_signals for arm in arms) or any(suite.fidelity for suite in suites)
 
 
 def _width_problems(experiment: Experiment, teacher_width: int | None, student_width: int | None) -> Iterator[str]:

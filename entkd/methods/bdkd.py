@@ -45,6 +45,9 @@ class BDKD(Approach):
     def divergence(self, name: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "bdkd", {"strength": self.strength, "scale": self.scale}
 
+    def contains_reverse_kl(self, of_divergence: bool) -> bool:
+        return True
+
 
 def terms(
     p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, *, strength: float = 3.0, scale: str = "sum"

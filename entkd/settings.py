@@ -53,9 +53,19 @@ def _instead(key: str, value: bool, annotation: Any) -> str:
     return f"; write `{key}: {'{}' if value else 'null'}`"
 
 
-def idle_keys(settings: Settings, path: str = "") -> Iterator[str]:
-    """Dotted paths of all `Settings.idle` keys, those of settings within included."""
-    yield from (f"{path}{key}" for key in settings.idle())
+def all_keys(settings: Settings, path: str = "") -> Iterator[str]:
+    """Dotted paths of all keys, also of those that are not written, and those of settings within."""
+    for key in type(settings).model_fields:
+        value = getattr(settings, key)
+        if isinstance(value, Settings):
+            yield from all_keys(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def idle_keys(settings: Settings, path: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted paths of all `Settings.idle` keys, those of settings within included, and beside what they are idle."""
+    yield from ((f"{path}{key}", why) for key, why in settings.idle().items())
     for key in type(settings).model_fields:
         value = getattr(settings, key)
         if isinstance(value, Settings):

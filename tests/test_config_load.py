@@ -256,7 +256,7 @@ def test_overrides_merge_and_read_yaml(load: Callable[..., Experiment]) -> None:
 
 
 def test_yaml_words_and_numbers_mean_what_they_look_like(tmp_path: Path) -> None:
-    text = yaml.safe_dump(minimal()) + "runtime: {gpus: 0}\nstudent: {layers: [0, 1]}\n"
+    text = yaml.safe_dump(minimal()) + "runtime: {gpus: 0}\nstudent: {layers: [0, 1, 2]}\n"
     text = text.replace("steps: 2", "steps: 2\n  lr: 5e-4").replace("curriculum: {}", "temperature: {t2: off}")
     file = tmp_path / "x.yaml"
     file.write_text(text, encoding="utf-8")

@@ -149,6 +149,64 @@ def test_identity_between_other_widths_is_refused_before_anything_runs(load: Cal
     assert "has 16 and the teacher 576; use linear" in refusal(load, student=narrow, arms=arms)
 
 
+def test_trials_are_checked_as_the_arms_are(load: Callable[..., Experiment]) -> None:
+    """What a grid would train, beside what is written: both are known before anything runs."""
+    lr = {"training.lr": [5e-4, 1e-3]}
+
+    def tune(key: str, *values: Any) -> dict[str, Any]:
+        return {"trials": 4, "arms": ["f"], "grids": lr | {f"method.features.{key}": list(values)}}
+
+    narrow = {"init": "scratch", "config": {"hidden_size": 288}}
+    arms = {"kd": {}, "f": {"features": {}}}
+    problem = refusal(load, student=narrow, arms=arms, tune=tune("projector", "linear", "identity"))
+    assert problem == (
+        'tune: arm f at {"method.features.projector": "identity"}: method.features.projector: identity needs equal '
+        "widths; the student has 288 and the teacher 576; use linear"
+    )
+    load(arms=arms, tune=tune("projector", "linear", "identity"))  # layers of the teacher, as wide as it is
+    load(student=narrow, arms=arms, tune=tune("weight", 0.5, 1.0))
+
+    written = {"divergence": "forward_kl", "features": {"layers": [[0, 9]]}}
+    arms = {"kd": {"features": None}, "f": {}}
+    problem = refusal(load, method=written, arms=arms, tune=tune("layers", [[0, 9]], [[0, 8]]))
+    assert problem.startswith(
+        'tune: arm f at {"method.features.layers": [[0, 8]]}: method.features.layers: the states of teacher layer 8 '
+        "are not stored; stored are those of [9, 19, 29]"
+    )
+    load(method=written, arms=arms, tune=tune("layers", [[0, 9]], [[1, 9]]))
+
+
+def test_more_points_than_layers_are_refused_before_anything_runs(load: Callable[..., Experiment]) -> None:
+    arms = {"kd": {}, "f": {"features": {}}}
+    for student in ({"layers": [0, 29]}, {"init": "scratch", "config": {"num_hidden_layers": 2}}):
+        assert refusal(load, student=student, arms=arms) == (
+            "arms.f.features.points: 3 points need at least 3 layers, the student has 2; use at most 2"
+        )
+        load(student=student)
+        load(student=student, arms={"kd": {}, "f": {"features": {"points": 1}}})
+        load(student=student, arms={"kd": {}, "f": {"features": {"layers": [[0, 9], [1, 29]]}}})
+    tune = {"trials": 4, "arms": ["f"], "grids": {"training.lr": [5e-4, 1e-3], "method.features.points": [1, 3]}}
+    method = {"divergence": "forward_kl", "features": {"points": 1}}
+    arms = {"kd": {"features": None}, "f": {}}
+    assert refusal(load, student={"layers": [0, 29]}, method=method, arms=arms, tune=tune) == (
+        'tune: arm f at {"method.features.points": 3}: method.features.points: 3 points need at least 3 layers, the '
+        "student has 2; use at most 2"
+    )
+
+    shallow = {"source": "local"} | model("shallow", {"a": 0}, num_hidden_layers=2, vocab_size=8)
+    student = {"student": {"layers": [0, 1]}, "teacher": shallow}
+    problem = "signals.features.points: 3 points need at least 3 layers, the teacher has 2; use at most 2"
+    assert refusal(load, **student) == problem
+    deep = {"features": {"points": 60}}
+    assert "60 points need at least 60 layers, the teacher has 30" in refusal(load, signals=deep)
+    load(**student, signals={"features": {"points": 2}})
+    load(**student, signals={"features": None})
+    sft = {"method": {"divergence": None, "ce": {}}, "arms": {"sft": {}}, "analysis": {"reference": "sft"}}
+    assert refusal(load, **student, **sft) == problem  # the fidelity reads signals
+    heldout = {"name": "entkd_heldout", "metric": "bits_per_byte", "direction": "lower"}
+    load(**student, **sft, suites={"own": {"tasks": [heldout], "fidelity": False}})
+
+
 def test_vocabulary_of_a_unigram_model(load: Callable[..., Experiment]) -> None:
     teacher = {"source": "local"} | model("teacher", vocab_size=2, num_hidden_layers=30)
     unigram = {"model": {"vocab": [["a", -1.5], ["b", -2.0], ["c", -2.5]]}}

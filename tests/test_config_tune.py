@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from entkd.config import Experiment, Training, canonical_json, jobs, load_experiment
+from entkd.config.components import Curriculum, Difficulty, Features
 from entkd.config.errors import ConfigError
+from entkd.config.method import CrossEntropy, ForwardKL
 from entkd.config.summary import summary
 from entkd.config.tune import draw
+from entkd.methods.taid import TAID
 
 ROOT = Path(__file__).parents[1]
 DEMO = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
@@ -227,18 +230,88 @@ def test_bad_tuning_is_refused_with_a_reason(tune: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "key", "values"),
+    ("arm", "key", "values", "why"),
     [
-        ({"curriculum": {"shape": "exp"}}, "method.curriculum.window", [0.1, 0.2, 0.3, 0.4]),
-        ({"curriculum": {"shape": "window"}}, "method.curriculum.kappa", [0.2, 0.4, 0.6, 0.8]),
-        ({"approach": {"name": "adakd", "parts": "focusing"}}, "method.approach.tempering.c", [0.2, 0.3, 0.4, 0.5]),
-        ({"features": {"tokens": "random"}}, "method.difficulty.scale", ["rank", "logv"]),
+        (
+            {"curriculum": {"shape": "exp"}},
+            "method.curriculum.window",
+            [0.1, 0.2],
+            ": it means nothing with `shape: exp`",
+        ),
+        (
+            {"curriculum": {"shape": "window"}},
+            "method.curriculum.kappa",
+            [0.2, 0.4],
+            ": it means nothing with `shape: w",
+        ),
+        (
+            {"approach": {"name": "adakd", "parts": "focusing"}},
+            "method.approach.tempering.c",
+            [0.2, 0.3],
+            ": it means nothing with `parts: focusing`",
+        ),
+        ({"features": {"tokens": "random"}}, "method.difficulty.scale", ["rank", "logv"], r"\."),
+        ({"features": {"tokens": "random"}}, "method.difficulty.source", ["label_nll", "unigram"], r"\."),
+        (
+            {"features": {"tokens": "all"}},
+            "method.features.threshold_end",
+            [0.8, 0.9],
+            ": it means nothing with `tokens: all`",
+        ),
     ],
 )
-def test_a_key_that_means_nothing_in_an_arm_is_no_key_of_its_grid(arm: dict, key: str, values: list) -> None:
+def test_a_key_that_means_nothing_in_an_arm_is_no_key_of_its_grid(arm: dict, key: str, values: list, why: str) -> None:
     # Each of its values would train the same student: trials in number alone.
-    with pytest.raises(ConfigError, match=f"no tuned arm has `{key}`"):
+    with pytest.raises(ConfigError, match=f"no tuned arm has `{key}`{why}"):
         changed(arms={"x": arm}, tune={"trials": 4, "grids": LR | {key: values}, "arms": ["x", "kd"]})
+
+
+@pytest.mark.parametrize(
+    ("arm", "key", "values"),
+    [
+        ({"curriculum": {}}, "method.difficulty.source", ["unigram", "teacher_entropy"]),
+        ({"features": {}}, "method.features.threshold_end", [0.9, 0.85]),
+        ({"features": {"layers": [[0, 9]]}}, "method.features.threshold_end", [0.9, 0.85]),
+    ],
+)
+def test_keys_that_are_not_written_at_their_default_are_tuned(arm: dict, key: str, values: list) -> None:
+    def with_arm(arm: dict, **more: Any) -> Experiment:
+        return Experiment.model_validate(DEMO | {"arms": {"kd": {}, "x": arm}} | more)
+
+    experiment = with_arm(arm, tune={"trials": 4, "grids": LR | {key: values}})
+    assert Counter(point[key] for point in points(experiment, "x")) == dict.fromkeys(values, 2)
+    assert all(key not in point for point in points(experiment, "kd"))
+    _, block, name = key.split(".")
+    for trial in experiment.trials["x"]:
+        written = with_arm(arm | {block: arm.get(block, {}) | {name: trial.point[key]}})
+        assert trial.arm.trained_method == written.resolved_arms["x"].trained_method
+
+
+def test_every_key_of_what_an_arm_has_is_known_where_a_grid_is_wrong() -> None:
+    arms = {"x": {"curriculum": {}, "features": {}, "ce": {}, "approach": "taid"}}
+    with pytest.raises(ConfigError) as caught:
+        changed(arms=arms, tune={"trials": 4, "grids": LR | {"method.curriculum.kapa": [1]}, "arms": ["x"]})
+    parts = {"divergence": ForwardKL, "ce": CrossEntropy, "curriculum": Curriculum, "features": Features}
+    parts |= {"difficulty": Difficulty, "approach": TAID}
+    keys = {f"method.{part}.{key}" for part, of in parts.items() for key in of.model_fields}
+    idle = {"method.curriculum.window", "method.features.layers"}
+    wanted = {key for key in keys - idle if key.rpartition(".")[2] not in ("name", "version")}
+    assert set(str(caught.value).partition("Known: ")[2].split(", ")) == wanted
+
+
+def test_a_choice_of_layers_is_tuned_in_the_words_of_the_arm() -> None:
+    """`points` and `layers` both choose the layer pairs: a grid of one is nothing to an arm that has the other."""
+    arms = {"kd": {}, "points": {"features": {}}, "layers": {"features": {"layers": [[0, 9]]}}}
+
+    def tune(key: str, values: list, tuned: list[str]) -> Experiment:
+        grids = LR | {f"method.features.{key}": values}
+        return Experiment.model_validate(DEMO | {"arms": arms, "tune": {"trials": 4, "grids": grids, "arms": tuned}})
+
+    experiment = tune("points", [1, 3], ["points", "layers"])
+    assert "method.features.points" in points(experiment, "points")[0]
+    assert "method.features.points" not in points(experiment, "layers")[0]
+    with pytest.raises(ValueError, match=r"no tuned arm has `method.features.layers`: it means nothing with `points`"):
+        tune("layers", [[[0, 9]], [[1, 9]]], ["points"])
 
 
 def test_a_key_that_every_arm_sets_itself_is_pointed_out() -> None:

@@ -14,6 +14,7 @@ from matplotlib.text import Text
 
 from entkd.config import Experiment, jobs, load_experiment
 from entkd.config.summary import summary
+from entkd.design import factorial_of
 from entkd.figures.intervals import draw_effects
 from entkd.figures.style import STYLE, Study
 from entkd.names import COMPONENTS
@@ -86,6 +87,21 @@ def test_one_base_leaves_the_settings_of_the_analysis_as_they_are() -> None:
     assert all("base" not in arm for arm in demo["arms"])
     arms = {arm["name"]: arm for arm in jobs.analysis_settings(load("two_bases"))["arms"]}
     assert (arms["full"]["base"], arms["reverse_kl_full"]["base"]) == ("forward_kl", "reverse_kl")
+
+
+@pytest.mark.parametrize("name", ["two_bases", "two_bases_half"])
+def test_tuning_leaves_the_base_a_factor(name: str) -> None:
+    """Also where what is tuned is of the base itself: each arm stays in its cell."""
+    grids = {"training.lr": [5e-4, 1e-3], "method.divergence.weight": [0.5, 2.0]}
+    tuned = load(name, {"tune": {"trials": 2, "grids": grids}})
+    settings = jobs.analysis_settings(tuned)
+    written = factorial_of(jobs.analysis_settings(load(name))["arms"])
+    assert written.factors == (*COMPONENTS, "reverse_kl")
+    for trial in range(2):
+        chosen = {arm: trials[(trial + number) % 2].point for number, (arm, trials) in enumerate(tuned.trials.items())}
+        arms = jobs.with_choices(settings, chosen)["arms"]
+        assert factorial_of(arms) == written
+        assert {arm["divergence"].partition(" ")[2] for arm in arms} <= {"weight=0.5", "weight=2.0"}
 
 
 def test_a_base_is_a_divergence_with_its_settings_and_the_other_terms_but_no_difficulty() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 EXPERIMENT = {
     "name": "demo",
     "data": {"source": "json", "files": {"train": "train.jsonl"}},
-    "student": {"init": "layers", "layers": [0, 1]},
+    "student": {"init": "layers", "layers": [0, 1, 2]},
     "training": {"steps": 2},
     "method": {"divergence": "forward_kl"},
     "arms": {
@@ -185,7 +185,7 @@ def test_files_of_a_task_folder_are_inputs_but_what_python_leaves_is_not(finishe
 def test_visible_files_of_a_local_teacher_are_inputs(finished: Path) -> None:
     folder = finished / "model"
     (folder / ".cache").mkdir(parents=True)
-    (folder / "config.json").write_text('{"num_hidden_layers": 2}', encoding="utf-8")
+    (folder / "config.json").write_text('{"num_hidden_layers": 3}', encoding="utf-8")
     for name in ("chat_template.jinja", "merges.txt", "model.safetensors", ".gitattributes", ".cache/x"):
         (folder / name).write_text("x", encoding="utf-8")
     write_experiment(finished, lambda experiment: experiment.update(teacher={"source": "local", "path": "model"}))

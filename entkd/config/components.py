@@ -136,7 +136,8 @@ class Features(Sparing):
 
     def idle(self) -> dict[str, str]:
         of_tokens = dict.fromkeys(("threshold", "threshold_end"), "tokens: all") if self.tokens == "all" else {}
-        return of_tokens | ({"projector_lr": "projector: identity"} if self.projector == "identity" else {})
+        of_pairs = {"layers": "points"} if self.layers is None else {"points": "layers"}
+        return of_tokens | of_pairs | ({"projector_lr": "projector: identity"} if self.projector == "identity" else {})
 
     @property
     def lowest_threshold(self) -> float:

@@ -85,9 +85,17 @@ def layer_points(n_layers: int, points: int) -> tuple[int, ...]:
     >>> layer_points(30, 3), layer_points(6, 3)
     ((9, 19, 29), (1, 3, 5))
     """
-    if points > n_layers:
-        raise UserError(f"features.points: {points} points need at least {points} layers, the model has {n_layers}")
+    problem = points_problem(points, n_layers, "model")
+    if problem:
+        raise UserError(f"features.points: {problem}")
     return tuple((2 * n_layers * k + points) // (2 * points) - 1 for k in range(1, points + 1))
+
+
+def points_problem(points: int, n_layers: int, whose: str) -> str:
+    """Why a model has no layers at so many points of its depth; nothing if it has. ``whose``: what the model is."""
+    if points <= n_layers:
+        return ""
+    return f"{points} points need at least {points} layers, the {whose} has {n_layers}; use at most {n_layers}"
 
 
 def layer_pairs_problem(

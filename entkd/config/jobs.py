@@ -115,7 +115,8 @@ def with_choices(settings: dict[str, Any], points: dict[str, dict[str, Any]]) ->
         for name, arm in settings["tune"]["arms"].items()
         if name in points
     }
-    arms = [_arm_in_words(tuned[arm["name"]]) if arm["name"] in tuned else arm for arm in settings["arms"]]
+    # The base as it was written: a tuned weight of the divergence leaves the arm in its cell of the design.
+    arms = [arm | _arm_in_words(tuned[arm["name"]]) if arm["name"] in tuned else arm for arm in settings["arms"]]
     changed = settings | {"arms": arms}
     if "method" in settings:
         drawn = {}

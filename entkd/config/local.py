@@ -7,7 +7,8 @@ from pathlib import Path
 
 from entkd import rows
 from entkd.config import folders
-from entkd.config.errors import unknown_name
+from entkd.config.components import Features
+from entkd.config.errors import show, unknown_name
 from entkd.config.experiment import Experiment
 from entkd.config.stages import JsonData
 from entkd.errors import UserError
@@ -99,28 +100,58 @@ def _student_width(experiment: Experiment, known: folders.ModelFolder | None, te
 
 
 def _layer_problems(experiment: Experiment, teacher_depth: int | None, student_depth: int | None) -> Iterator[str]:
-    """Layer pairs of arms that the student, or the signals of the teacher, will not have."""
+    """Layers that arms compare and the student, or the signals of the teacher, will not have."""
     stored, features = None, experiment.signals.features
-    if features is not None and teacher_depth is not None and features.points <= teacher_depth:
-        stored = folders.layer_points(teacher_depth, features.points)
-    for arm in experiment.resolved_arms.values():
-        wanted = arm.method.features
-        if wanted is not None and wanted.layers is not None:
+    if features is not None and teacher_depth is not None:
+        problem = folders.points_problem(features.points, teacher_depth, "teacher")
+        if not problem:
+            stored = folders.layer_points(teacher_depth, features.points)
+        elif _writes_signals(experiment):
+            yield f"signals.features.points: {problem}"
+    for path, wanted in _features(experiment, "layers"):
+        if wanted.layers is not None:
             problem = folders.layer_pairs_problem(wanted.layers, student_depth, stored)
             if problem:
-                yield f"arms.{arm.name}.features.layers: {problem}"
+                yield f"{path}.layers: {problem}"
+    for path, wanted in _features(experiment, "points"):
+        if wanted.layers is None and student_depth is not None:
+            problem = folders.points_problem(wanted.points, student_depth, "student")
+            if problem:
+                yield f"{path}.points: {problem}"
+
+
+def _writes_signals(experiment: Experiment) -> bool:
+    """Whether an arm, or the fidelity of a suite, reads the teacher's signals."""
+    arms, suites = experiment.resolved_arms.values(), experiment.suites.values()
+    return any(arm.method.needs_signals for arm in arms) or any(suite.fidelity for suite in suites)
 
 
 def _width_problems(experiment: Experiment, teacher_width: int | None, student_width: int | None) -> Iterator[str]:
     """Arms that compare hidden states as they are, where the models have other widths."""
     if None in (teacher_width, student_width) or teacher_width == student_width:
         return
-    for arm in experiment.resolved_arms.values():
-        if arm.method.features is not None and arm.method.features.projector == "identity":
+    for path, wanted in _features(experiment, "projector"):
+        if wanted.projector == "identity":
             yield (
-                f"arms.{arm.name}.features.projector: identity needs equal widths; the student has {student_width} and "
-                f"the teacher {teacher_width}; use linear"
+                f"{path}.projector: identity needs equal widths; the student has {student_width} and the teacher "
+                f"{teacher_width}; use linear"
             )
+
+
+def _features(experiment: Experiment, key: str) -> Iterator[tuple[str, Features]]:
+    """The feature losses of arms, and of their trials with other values of ``key``, each with where it is written."""
+    for arm in experiment.resolved_arms.values():
+        if arm.method.features is None:
+            continue
+        yield f"arms.{arm.name}.features", arm.method.features
+        seen = [getattr(arm.method.features, key)]
+        for trial in experiment.trials.get(arm.name, ()):
+            tried = trial.arm.method.features
+            if tried is not None and getattr(tried, key) not in seen:
+                seen.append(getattr(tried, key))
+                grid_key = f"method.features.{key}"
+                at = show({grid_key: trial.point[grid_key]})
+                yield f"tune: arm {arm.name} at {at}: method.features", tried
 
 
 def _task_problems(experiment: Experiment) -> Iterator[str]:

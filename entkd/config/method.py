@@ -30,6 +30,11 @@ class _Divergence(Settings):
         """The keyword arguments of the divergence function (β, α, μ, variant, ...), without name and weight."""
         return self.model_dump(exclude={"name", "weight", "version"})
 
+    @property
+    def contains_reverse_kl(self) -> bool:
+        """Whether it holds a KL(q‖p), which is infinite where the teacher gives a token probability 0."""
+        return False
+
 
 class ForwardKL(_Divergence):
     """KL(p‖q), teacher to student (Hinton 2015; Kim & Rush 2016)."""
@@ -43,6 +48,10 @@ class ReverseKL(_Divergence):
 
     name: Literal["reverse_kl"] = "reverse_kl"
     """Which divergence."""
+
+    @property
+    def contains_reverse_kl(self) -> bool:
+        return True
 
 
 class JSD(_Divergence):
@@ -63,6 +72,10 @@ class JSD(_Divergence):
             )
         return self
 
+    @property
+    def contains_reverse_kl(self) -> bool:
+        return self.beta == 1
+
 
 class SkewKL(_Divergence):
     """KL(p ‖ αp + (1−α)q), DistiLLM (arXiv 2402.03898)."""
@@ -81,6 +94,10 @@ class SkewReverseKL(_Divergence):
     alpha: float = Field(0.1, ge=0, lt=1)
     """Share of the student in the mixture."""
 
+    @property
+    def contains_reverse_kl(self) -> bool:
+        return self.alpha == 0
+
 
 class AdaptiveKL(_Divergence):
     """Forward and reverse KL weighted by the head and tail gaps (AKL, arXiv 2404.02657)."""
@@ -91,6 +108,10 @@ class AdaptiveKL(_Divergence):
     """Probability mass of the head."""
     variant: Literal["authors", "cover"] = "authors"
     """Head as the authors' code forms it, or the smallest prefix that covers μ."""
+
+    @property
+    def contains_reverse_kl(self) -> bool:
+        return True
 
 
 class AlphaBeta(_Divergence):
@@ -110,6 +131,10 @@ class ToDi(_Divergence):
 
     name: Literal["todi"] = "todi"
     """Which divergence."""
+
+    @property
+    def contains_reverse_kl(self) -> bool:
+        return True
 
 
 class TVD(_Divergence):

@@ -22,7 +22,7 @@ from entkd.config.errors import nearest, problems_of, show
 from entkd.config.method import Method
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Slug, Training
-from entkd.settings import Settings, idle_keys
+from entkd.settings import Settings, all_keys, idle_keys
 
 TRAINING_KEYS = ("lr", "schedule", "warmup", "betas", "weight_decay", "clip")
 """Training settings that may differ between trials: none that changes what a run costs."""
@@ -159,9 +159,15 @@ def _at(settings: Mapping[str, Any], path: str) -> Any:
 
 def _method_keys(arm: ResolvedArm) -> set[str]:
     """Dotted keys of an arm's method that mean something there: of others every value trains the same student."""
-    idle = [f"{key}." for key in idle_keys(arm.method, "method.")]
-    keys = leaves({"method": arm.trained_method})
-    return {key for key in keys if not any(f"{key}.".startswith(prefix) for prefix in idle)}
+    terms = ((term, getattr(arm.method, term)) for term in arm.trained_method)
+    keys = (key for term, settings in terms for key in all_keys(settings, f"method.{term}."))
+    return {key for key in keys if not _idle(arm, key)}
+
+
+def _idle(arm: ResolvedArm, key: str) -> str:
+    """Beside which of the arm's settings a key, or the block around it, means nothing; empty where it has a meaning."""
+    beside = (why for path, why in idle_keys(arm.method, "method.") if f"{key}.".startswith(f"{path}."))
+    return next(beside, "")
 
 
 def grid_of(tune: Tune, arm: ResolvedArm, patch: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
@@ -214,6 +220,8 @@ def unused_keys(tune: Tune, arms: Mapping[str, tuple[ResolvedArm, Mapping[str, A
         if key in has:
             owners = [name for name, (arm, _) in arms.items() if key in _method_keys(arm)]
             yield f"tune.grids: `{key}` is set by every arm that has it ({', '.join(owners)}); remove it here or there"
+        elif why := next((why for arm, _ in arms.values() if (why := _idle(arm, key))), ""):
+            yield f"tune.grids: no tuned arm has `{key}`: it means nothing with `{why}`"
         else:
             known = sorted(name for name in has if name.rpartition(".")[2] not in FIXED)
             yield f"tune.grids: no tuned arm has `{key}`{nearest(key, known)} Known: {', '.join(known)}"

@@ -34,13 +34,13 @@ from entkd.sparse import SparseTarget
 
 def infinite_at_zero(method: Method) -> str | None:
     """Key and name of what trains a KL(q‖p), which is infinite where the teacher gives a token probability 0."""
-    if method.divergence is None or method.trained_divergence is None:
+    divergence, approach = method.divergence, method.approach
+    if divergence is None:
         return None
-    name, settings = method.trained_divergence
-    finite = {"jsd": settings.get("beta") != 1, "skew_reverse_kl": settings.get("alpha") != 0}
-    if finite.get(name, name not in ("reverse_kl", "todi", "adaptive_kl", "bdkd")):
-        return None
-    return f"divergence: {name}" if name == method.divergence.name else f"approach: {name}"
+    own = divergence.contains_reverse_kl
+    if approach is not None and approach.contains_reverse_kl(own) != own:
+        return None if own else f"approach: {approach.name}"
+    return f"divergence: {divergence.name}" if own else None
 
 
 @dataclass(frozen=True)

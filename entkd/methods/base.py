@@ -113,6 +113,11 @@ class Approach(Settings):
         """Name and settings of the divergence that is trained, given the method's."""
         return name, settings
 
+    def contains_reverse_kl(self, of_divergence: bool) -> bool:
+        """Whether `divergence` holds a KL(q‖p), which is infinite where the teacher gives a token probability 0, given
+        whether the method's does."""
+        return of_divergence
+
     def selected(self, lengths: Sequence[int]) -> int:
         """Denominator of `factors`, such as the tokens of the global batch that keep a weight, given the response
         lengths of its documents. Known before the forward pass, so that micro-batches have one denominator."""

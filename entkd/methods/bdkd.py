@@ -58,3 +58,6 @@ class BDKD(Approach):
 
     def divergence(self, name: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         return "bdkd", {"strength": self.strength, "scale": self.scale}
+
+    def contains_reverse_kl(self, of_divergence: bool) -> bool:
+        return True

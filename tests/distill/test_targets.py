@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from entkd.config import Method, Signals
+from entkd.config.method import ForwardKL, ReverseKL, _Divergence
 from entkd.data import Corpus
 from entkd.data.packing import collate
 from entkd.distill.distributed import World
-from entkd.distill.targets import TeacherTargets
+from entkd.distill.targets import TeacherTargets, infinite_at_zero
 from entkd.errors import UserError
+from entkd.methods import Approach
+from entkd.methods.eakd import EAKD
 from entkd.signals.write import write_signals
 from entkd.sparse import SparseTarget
 
@@ -177,3 +181,32 @@ def test_sparse_targets_are_read_where_they_are_stored(tiny, tmp_path) -> None:
     ):
         with pytest.raises(UserError, match=f"method.{key}.*set `signals.mode: hidden`"):
             TeacherTargets(Method.model_validate(patch), manifest, tiny.data, corpus, 0)
+
+
+def test_a_divergence_and_an_approach_say_themselves_that_they_hold_the_reverse_kl() -> None:
+    """Nothing else has to be told of a new one."""
+
+    class Own(_Divergence):
+        name: Literal["own"] = "own"
+
+        @property
+        def contains_reverse_kl(self) -> bool:
+            return True
+
+    class Mixed(Approach):
+        citation: ClassVar[str] = "an example"
+        name: Literal["mixed"] = "mixed"
+
+        def contains_reverse_kl(self, of_divergence: bool) -> bool:
+            return not of_divergence
+
+    finite, reverse = ForwardKL(), ReverseKL()
+    for divergence, approach, said in (
+        (Own(), None, "divergence: own"),
+        (Own(), EAKD(), "divergence: own"),
+        (finite, Mixed(), "approach: mixed"),
+        (reverse, Mixed(), None),
+        (finite, EAKD(), None),
+        (None, None, None),
+    ):
+        assert infinite_at_zero(Method.model_construct(divergence=divergence, approach=approach)) == said

@@ -58,7 +58,8 @@ if workflow.nodes is None and "mem_mb" not in workflow.global_resources:
     workflow.register_resource("mem_mb", max(MEMORY_MB, memory_mib()))
 
 pipelines = set()
-# Data on which a pipeline that trains by the rule `distill` trains. Others can neither be tuned nor timed.
+# Data on which a pipeline trains that needs no more than the rules `trial` and `calibrate` have. Others can neither be
+# tuned nor timed.
 training_data = {"distill": "<data>"}
 
 

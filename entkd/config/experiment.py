@@ -11,12 +11,13 @@ from pydantic import Field, model_validator
 
 from entkd.config.arms import Arm, ResolvedArm, expand_sweeps, resolve_arms
 from entkd.config.errors import ProblemsError, unknown_name
+from entkd.config.grid import grid_problems
 from entkd.config.method import Method
 from entkd.config.pipelines import lacking_pipeline
 from entkd.config.scoring import Analysis, ReportedSuite
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Data, Slug, Student, Teacher, Training
-from entkd.config.tune import Trial, Tune, trials_of, unused_keys
+from entkd.config.tune import Trial, Tune, trials_of
 from entkd.design import Factorial, factorial_of, lacking
 from entkd.errors import UserError
 from entkd.settings import Settings
@@ -151,7 +152,7 @@ class Experiment(Settings):
         for name, (arm, patch) in arms.items():
             trials[name], found = trials_of(self.tune, arm, patch, self.training, self.signals)
             problems += found
-        return trials, problems + list(unused_keys(self.tune, arms))
+        return trials, problems + list(grid_problems(self.tune.grids, arms))
 
     @property
     def factorial(self) -> Factorial | None:

@@ -11,23 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from entkd.config.arms import ResolvedArm, merge_patch
-from entkd.config.errors import nearest, problems_of, show
+from entkd.config.errors import problems_of, show
+from entkd.config.grid import FIXED, TRAINING_KEYS, grid_of, written_values
 from entkd.config.method import Method
 from entkd.config.signals import Signals, lacking_signals
 from entkd.config.stages import Slug, Training
-from entkd.settings import Settings, all_keys, idle_keys
-
-TRAINING_KEYS = ("lr", "schedule", "warmup", "betas", "weight_decay", "clip")
-"""Training settings that may differ between trials: none that changes what a run costs."""
-FIXED = ("name", "version")
-"""Keys that say what a term is."""
+from entkd.settings import Settings
 
 
 class Tune(Settings):
@@ -42,7 +38,8 @@ class Tune(Settings):
     its own seed would flatter its arm."""
     grids: dict[str, tuple[Any, ...]] = Field(min_length=1)
     """Dotted key → values to try. `training.lr` and a few more of `training`, and any number of `method`. A key counts
-    for the arms that have its component, unless the arm sets it itself: then it is what the arm is."""
+    for the arms that have its component, unless the arm sets it itself: then it is what the arm is. Where two
+    divergences, approaches or schedules have a key of one name, say whose it is: `method.approach.taid.start`."""
 
     @field_validator("arms")
     @classmethod
@@ -107,16 +104,6 @@ def at_point(arm: ResolvedArm, training: Training, point: Mapping[str, Any]) -> 
     return arm.model_copy(update={"method": method}), Training.model_validate(patched["training"])
 
 
-def leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Dotted paths of everything in nested settings that is no mapping."""
-    for key, value in settings.items():
-        below = f"{path}.{key}" if path else key
-        if isinstance(value, Mapping):
-            yield from leaves(value, below)
-        else:
-            yield below
-
-
 def draw(
     grid: Mapping[str, tuple[Any, ...]], trials: int, seed: int, written: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
@@ -145,44 +132,12 @@ def _value(key: str, values: tuple[Any, ...], number: int, seed: int, written: A
     return sorted(values, key=rank)[place]
 
 
-def _written(arm: ResolvedArm, training: Training) -> dict[str, Any]:
-    """Dotted key → value of an arm as it is written, defaults included."""
-    whole = {"method": arm.method.model_dump(mode="json"), "training": training.model_dump(mode="json")}
-    return {key: _at(whole, key) for key in leaves(whole)}
-
-
-def _at(settings: Mapping[str, Any], path: str) -> Any:
-    for part in path.split("."):
-        settings = settings[part]
-    return settings
-
-
-def _method_keys(arm: ResolvedArm) -> set[str]:
-    """Dotted keys of an arm's method that mean something there: of others every value trains the same student."""
-    terms = ((term, getattr(arm.method, term)) for term in arm.trained_method)
-    keys = (key for term, settings in terms for key in all_keys(settings, f"method.{term}."))
-    return {key for key in keys if not _idle(arm, key)}
-
-
-def _idle(arm: ResolvedArm, key: str) -> str:
-    """Beside which of the arm's settings a key, or the block around it, means nothing; empty where it has a meaning."""
-    beside = (why for path, why in idle_keys(arm.method, "method.") if f"{key}.".startswith(f"{path}."))
-    return next(beside, "")
-
-
-def grid_of(tune: Tune, arm: ResolvedArm, patch: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The keys that count for an arm: it has them, and its own ``patch`` does not set them."""
-    own = set(leaves({"method": patch}))
-    has = _method_keys(arm) | {f"training.{name}" for name in TRAINING_KEYS}
-    return {key: values for key, values in sorted(tune.grids.items()) if key in has - own}
-
-
 def trials_of(
     tune: Tune, arm: ResolvedArm, patch: Mapping[str, Any], training: Training, signals: Signals
 ) -> tuple[list[Trial], list[str]]:
     """The trials of an arm, and what is wrong with them: one line per problem."""
     where = f"tune: arm {arm.name}"
-    grid = grid_of(tune, arm, patch)
+    grid = grid_of(tune.grids, arm, patch)
     size = math.prod(len(values) for values in grid.values())
     if size < tune.trials:
         keys = ", ".join(f"{key} ({len(values)})" for key, values in grid.items()) or "none"
@@ -192,7 +147,7 @@ def trials_of(
         ]
     found: list[Trial] = []
     problems: list[str] = []
-    for point in draw(grid, tune.trials, tune.seed, _written(arm, training)):
+    for point in draw(grid, tune.trials, tune.seed, written_values(arm, training)):
         at = f"{where} at {show(point)}"
         try:
             patched, trained = at_point(arm, training, point)
@@ -209,22 +164,6 @@ def trials_of(
             problems.append(f"{where}: {show(trial.point)} and {show(seen[settings].point)} are the same settings")
         seen[settings] = trial
     return found, list(dict.fromkeys(problems))
-
-
-def unused_keys(tune: Tune, arms: Mapping[str, tuple[ResolvedArm, Mapping[str, Any]]]) -> Iterator[str]:
-    """One line for each grid key that counts for no tuned arm."""
-    has = {key for arm, _ in arms.values() for key in _method_keys(arm)}
-    for key in tune.grids:
-        if any(key in grid_of(tune, arm, patch) for arm, patch in arms.values()):
-            continue
-        if key in has:
-            owners = [name for name, (arm, _) in arms.items() if key in _method_keys(arm)]
-            yield f"tune.grids: `{key}` is set by every arm that has it ({', '.join(owners)}); remove it here or there"
-        elif why := next((why for arm, _ in arms.values() if (why := _idle(arm, key))), ""):
-            yield f"tune.grids: no tuned arm has `{key}`: it means nothing with `{why}`"
-        else:
-            known = sorted(name for name in has if name.rpartition(".")[2] not in FIXED)
-            yield f"tune.grids: no tuned arm has `{key}`{nearest(key, known)} Known: {', '.join(known)}"
 
 
 def _digest(text: str) -> str:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from entkd.figures.scale import bulk_limit
 from entkd.figures.style import (
     BLACK,
     BLUE,
@@ -192,9 +193,6 @@ def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -
 
 def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
     """Half the width of a panel around zero: all intervals, or the bulk of them where a few lie far outside."""
-    shown = values.reindex(list(keys))
-    reach = shown[["estimate", "low", "high"]].abs().max(axis=1).dropna()
-    if reach.empty or reach.max() == 0:
-        return 1.0
-    bulk = float(reach.quantile(0.7))
-    return 1.08 * float(reach[reach <= 4 * bulk].max())
+    shown = values.reindex(list(keys))[["estimate", "low", "high"]].abs()
+    # An open end of an interval has no place on any scale, the other numbers of its row have.
+    return 1.08 * bulk_limit(shown.where(np.isfinite(shown)).max(axis=1)) or 1.0

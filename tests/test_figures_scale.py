@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 from test_figures import draw, markers, panel, study_of
 
@@ -68,6 +69,52 @@ def test_a_claim_off_the_scale_is_filled_as_in_the_legend(name: str, claim: str,
     box, drawn = number.get_window_extent(), marker.get_window_extent()
     assert not box.overlaps(drawn)
     assert ax.bbox.x0 < drawn.x0 < drawn.x1 < box.x0 < box.x1 < ax.bbox.x1  # better is to the right, 5 more to the left
+
+
+def far_dots(values: list[float]) -> tuple[Axes, list[str]]:
+    """The first panel of dots where the last of twelve arms has these values, and the numbers at its edges."""
+    parts = study_of(12, 3, 5)
+    scores = parts["scores"].copy()
+    last = (scores["task"] == TASK) & (scores["arm"] == parts["settings"]["arms"][-1]["name"])
+    scores.loc[last, "value"] = values
+    figure = draw(parts | {"scores": scores}, "tasks")
+    figure.draw_without_rendering()
+    ax = panel(figure, "some task 0")
+    return ax, [text.get_text() for text in ax.texts if text.get_text()]
+
+
+def test_dots_of_a_diverged_arm_leave_the_others_their_width() -> None:
+    ax, numbers = far_dots([400.0, 410.0, 420.0])
+    assert numbers == ["410"]
+    assert max(ax.get_xlim()) < 1.3
+    assert "(untrained: 3)" in ax.get_xlabel()
+    last = [line for line in ax.lines if list(line.get_ydata()) == [11]]
+    assert len(last) == 1  # its mean, at the edge
+    assert max(ax.get_xlim()) - last[0].get_xdata()[0] < 0.2 * np.ptp(ax.get_xlim())
+
+
+def test_a_diverged_seed_takes_its_mean_to_the_edge_and_leaves_the_other_seeds_in_place() -> None:
+    ax, numbers = far_dots([1.02, 0.99, -50.0])
+    assert numbers == ["−16"]
+    seeds = next(line for line in ax.lines if line.get_marker() == "." and 11 in line.get_ydata())
+    assert sorted(seeds.get_xdata()) == [0.99, 1.02]
+    number = next(text for text in ax.texts if text.get_text())
+    left = ax.transData.transform((0.99, 11))[0]
+    assert number.get_window_extent().x1 < left
+
+
+def test_a_far_seed_whose_mean_is_near_is_told() -> None:
+    ax, numbers = far_dots([0.93, 0.93, 1.16])
+    assert numbers == ["1.16"]
+    assert {len(line.get_xdata()) for line in ax.lines if 11 in line.get_ydata() and line.get_marker() == "."} == {1, 2}
+
+
+def test_equal_seeds_are_not_far_from_themselves() -> None:
+    parts = study_of(3, 3, 1)
+    scores = parts["scores"].copy()
+    scores.loc[(scores["task"] == TASK) & ~scores["arm"].isin(["teacher", "untrained"]), "value"] = 0.1
+    ax = panel(draw(parts | {"scores": scores}, "tasks"), "some task 0")
+    assert not ax.texts
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,30 @@ from matplotlib.axes import Axes
 BULK = 0.7
 """Share of the distances that certainly belong on the scale."""
 FAR = 4.0
-"""A distance is far outside where it is more than this many times that of the bulk."""
+"""A distance, with its interval, is far outside where it is more than this many times that of the bulk."""
+FAR_ALONE = 8.0
+"""The same for distances without intervals, which would be the larger part of most."""
 
 
-def bulk_limit(distances: Iterable[float]) -> float:
+def bulk_limit(distances: Iterable[float], far: float = FAR) -> float:
     """The largest of the distances that are not far outside; 0 only where none is above 0."""
     known = np.asarray(list(distances), dtype=float)
     # Where most arms equal the reference exactly, the others alone say how wide the scale is.
     own = known[np.isfinite(known) & (known > 0)]
     if not len(own):
         return 0.0
-    return float(own[own <= FAR * np.quantile(own, BULK)].max())
+    return float(own[own <= far * np.quantile(own, BULK)].max())
+
+
+def bulk_range(values: Iterable[float]) -> tuple[float, float]:
+    """The smallest and the largest of the values that are not far from their median; without any, both NaN."""
+    known = np.asarray(list(values), dtype=float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return np.nan, np.nan
+    distance = np.abs(known - np.median(known))
+    near = known[distance <= bulk_limit(distance, FAR_ALONE)]
+    return float(near.min()), float(near.max())
 
 
 def signed(value: float) -> str:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from test_figures import draw, markers, panel, study_of
 
@@ -115,6 +116,40 @@ def test_equal_seeds_are_not_far_from_themselves() -> None:
     scores.loc[(scores["task"] == TASK) & ~scores["arm"].isin(["teacher", "untrained"]), "value"] = 0.1
     ax = panel(draw(parts | {"scores": scores}, "tasks"), "some task 0")
     assert not ax.texts
+
+
+def cost_of(means: dict[int, float], low: float = 0.1, high: float = 0.9) -> Figure:
+    """The cost figure where the arms at some places have other means, and all these ends of the interval."""
+    parts = study_of(12, 3, 5)
+    table = parts["table"].copy()
+    gap = table.index[table["task"] == "gap_closed"]
+    table.loc[gap, ["low", "high"]] = [low, high]
+    for place, mean in means.items():
+        table.loc[gap[place], "mean"] = mean
+    figure = draw(parts | {"table": table}, "cost")
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_costs_of_a_diverged_arm_leave_the_others_their_height() -> None:
+    figure = cost_of({4: -51.4, 7: 33.0})
+    names = {text.get_text(): text for text in figure.axes[-1].texts if text.get_text()}
+    told = [name.partition(" ")[2] for name in names if " " in name]
+    assert sorted(told) == ["(33)", "(−51.4)"]
+    for ax in figure.axes:
+        low, high = ax.get_ylim()
+        assert -1 < low < high < 2
+        heights = [line.get_ydata()[0] for line in ax.lines if line.get_marker() in ("D", "o", "s", "^")]
+        assert len(heights) == 12
+        assert low < heights[4] < min(h for i, h in enumerate(heights) if i != 4)
+        assert high > heights[7] > max(h for i, h in enumerate(heights) if i != 7)
+
+
+@pytest.mark.parametrize("means", [dict.fromkeys(range(12), 0.5), dict.fromkeys(range(1, 12), np.nan)])
+def test_costs_of_equal_or_missing_means_are_drawn(means: dict[int, float]) -> None:
+    low, high = cost_of(means, np.nan, np.nan).axes[0].get_ylim()
+    assert np.isfinite([low, high]).all()
+    assert low < high
 
 
 @pytest.mark.parametrize(

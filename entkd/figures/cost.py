@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -10,10 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from entkd.figures.scale import bulk_range, short
 from entkd.figures.style import GREY, ROLE_LABEL, TEXT_WIDTH, Study, number
 from entkd.names import GAP_CLOSED
 
 COSTS = {"seconds": "student training per run (s)", "tflops": "student training per run (TFLOP)"}
+EDGE = 0.14
+"""Room at an end of the axis for what lies beyond it, in shares of the range of the others."""
 
 
 def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
@@ -24,10 +28,11 @@ def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
     height = max(2.6, 0.135 * len(study.arms) + 0.9)
     figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
     axes = figure.subplots(1, len(COSTS), sharey=True)
+    scale = _Scale.of(rows["mean"])
     for ax, name in zip(axes, COSTS, strict=True):
-        _draw(ax, rows, name, study)
+        _draw(ax, rows, name, study, scale)
     axes[0].set_ylabel(label)
-    _name_points(axes[-1], rows, list(COSTS)[-1], study)
+    _name_points(axes[-1], rows, list(COSTS)[-1], study, scale)
     roles = {arm.role: arm for arm in study.arms}
     handles = [Line2D([], [], color=a.colour, marker=a.marker, ls="", label=ROLE_LABEL[r]) for r, a in roles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
@@ -48,26 +53,68 @@ def _quality(study: Study) -> tuple[pd.DataFrame, str]:
     return task.of(trained).set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
 
 
-def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
+@dataclass(frozen=True)
+class _Scale:
+    """The y axis, and the range on it that holds what is not far outside; what is stands between that and the ends."""
+
+    bottom: float
+    low: float
+    high: float
+    top: float
+
+    @classmethod
+    def of(cls, means: pd.Series) -> _Scale:
+        """The scale for these means."""
+        low, high = bulk_range(means)
+        if np.isnan(low):
+            low, high = 0.0, 1.0
+        unit = (high - low) or 0.1 * abs(high) or 1.0
+        below, above = (EDGE if far else 0.0 for far in (means.min() < low, means.max() > high))
+        return cls(low - (0.06 + below) * unit, low, high, high + (0.06 + above) * unit)
+
+    def place(self, mean: float) -> float:
+        """Where a mean is drawn."""
+        if mean < self.low:
+            return 0.5 * (self.bottom + self.low)
+        return 0.5 * (self.high + self.top) if mean > self.high else mean
+
+    def edge(self, mean: float) -> float | None:
+        """The end of the axis beyond which a mean lies."""
+        if self.low <= mean <= self.high or np.isnan(mean):
+            return None
+        return self.bottom if mean < self.low else self.top
+
+
+def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study, scale: _Scale) -> None:
+    """One marker per arm; a mean far outside the others is at the edge, with an arrow."""
     for arm in study.arms:
-        x, y = number(rows, arm.name, name), number(rows, arm.name, "mean")
+        x, mean = number(rows, arm.name, name), number(rows, arm.name, "mean")
+        y, edge = scale.place(mean), scale.edge(mean)
+        if edge is not None:
+            arrow = {"arrowstyle": "-|>", "color": arm.colour, "linewidth": 0.9, "mutation_scale": 6, "shrinkB": 0}
+            ax.annotate("", xy=(x, edge), xytext=(x, y), arrowprops=arrow | {"shrinkA": 0}, zorder=2)
         ax.plot(x, y, arm.marker, color=arm.colour, markerfacecolor="white", markeredgewidth=0.9)
     ax.set_xlabel(COSTS[name])
-    ax.margins(x=0.12, y=0.06)
+    ax.margins(x=0.12)
+    ax.set_ylim(scale.bottom, scale.top)
     ax.locator_params(axis="x", nbins=5)
     ax.grid(True)
 
 
-def _name_points(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
-    """Arm names in the right margin in the order of their height, each with a thin line to its point."""
+def _name_points(ax: Axes, rows: pd.DataFrame, name: str, study: Study, scale: _Scale) -> None:
+    """Arm names in the right margin in the order of their height, each with a thin line to its point.
+
+    A mean that is not at its place is written behind the name.
+    """
     means = {arm.name: number(rows, arm.name, "mean") for arm in study.arms}
     arms = sorted((arm for arm in study.arms if np.isfinite(means[arm.name])), key=lambda arm: means[arm.name])
-    low, high = ax.get_ylim()
-    heights = spread_out([(means[arm.name] - low) / (high - low) for arm in arms])
-    for arm, height in zip(arms, heights, strict=True):
+    places = [scale.place(means[arm.name]) for arm in arms]
+    heights = spread_out([(place - scale.bottom) / (scale.top - scale.bottom) for place in places])
+    for arm, place, height in zip(arms, places, heights, strict=True):
+        mean = means[arm.name]
         ax.annotate(
-            arm.name,
-            xy=(number(rows, arm.name, name), means[arm.name]),
+            arm.name if scale.edge(mean) is None else f"{arm.name} ({short(mean)})",
+            xy=(number(rows, arm.name, name), place),
             xytext=(1.06, height),
             textcoords="axes fraction",
             va="center",
@@ -83,7 +130,6 @@ def _name_points(ax: Axes, rows: pd.DataFrame, name: str, study: Study) -> None:
                 "relpos": (0, 0.5),
             },
         )
-    ax.set_ylim(low, high)
 
 
 def spread_out(wanted: Sequence[float]) -> list[float]:

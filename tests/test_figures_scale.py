@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from test_figures import draw, markers, panel, study_of
@@ -150,6 +151,47 @@ def test_costs_of_equal_or_missing_means_are_drawn(means: dict[int, float]) -> N
     low, high = cost_of(means, np.nan, np.nan).axes[0].get_ylim()
     assert np.isfinite([low, high]).all()
     assert low < high
+
+
+def bars(ax: Axes) -> list[tuple[float, float]]:
+    """The vertical bars of a panel."""
+    paths = [path for bar in ax.collections if isinstance(bar, LineCollection) for path in bar.get_paths()]
+    return [(path.vertices[0][1], path.vertices[1][1]) for path in paths]
+
+
+def test_costs_have_the_interval_of_every_arm_on_an_axis_that_shows_it() -> None:
+    figure = cost_of({})
+    for ax in figure.axes:
+        assert bars(ax) == [(0.1, 0.9)] * 12
+        assert ax.get_ylim()[0] < 0.1 < 0.9 < ax.get_ylim()[1]
+    assert "95 % interval" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize("place", [None, 5])
+def test_open_missing_and_wide_intervals_of_costs_end_with_the_axis(place: int | None) -> None:
+    parts = study_of(12, 3, 5)
+    table = parts["table"].copy()
+    gap = table.index[table["task"] == "gap_closed"]
+    table.loc[gap, "mean"] = np.linspace(0.4, 0.6, 12)
+    table.loc[gap, ["low", "high"]] = np.c_[np.linspace(0.3, 0.5, 12), np.linspace(0.5, 0.7, 12)]
+    wide, missing = gap[place:][:2]
+    table.loc[wide, ["low", "high"]] = [-np.inf, 40.0]
+    table.loc[missing, ["low", "high"]] = np.nan
+    ax = draw(parts | {"table": table}, "cost").axes[0]
+    bottom, top = ax.get_ylim()
+    assert 0 < bottom < 0.42
+    assert 0.7 < top < 1.2
+    assert len(bars(ax)) == 11
+    assert (bottom, top) in bars(ax)
+
+
+def test_costs_over_the_first_task_have_no_interval_of_another_quantity() -> None:
+    parts = study_of(12, 3, 5)
+    table = parts["table"].copy()
+    table.loc[table["task"] == "gap_closed", "mean"] = np.nan
+    figure = draw(parts | {"table": table}, "cost")
+    assert not bars(figure.axes[0])
+    assert "95 % interval" not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(

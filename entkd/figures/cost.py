@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from entkd.figures.scale import bulk_range, short
+from entkd.figures.scale import FAR_ALONE, bulk_limit, short
 from entkd.figures.style import GREY, ROLE_LABEL, TEXT_WIDTH, Study, number
 from entkd.names import GAP_CLOSED
 
@@ -21,20 +21,27 @@ EDGE = 0.14
 
 
 def draw_cost(study: Study, runs: pd.DataFrame) -> Figure:
-    """Gap closed (of the first suite that states one), or else the first task, over seconds and TFLOP of one run."""
+    """Gap closed (of the first suite that states one), or else the first task, over seconds and TFLOP of one run.
+
+    Of the gap closed, the thin bars are the intervals.
+    """
     quality, label = _quality(study)
     means = runs.groupby("arm")[list(COSTS)].mean()
-    rows = quality[["mean"]].join(means).reindex([arm.name for arm in study.arms])
+    rows = quality[["mean", "low", "high"]].join(means).reindex([arm.name for arm in study.arms])
     height = max(2.6, 0.135 * len(study.arms) + 0.9)
     figure = Figure(figsize=(TEXT_WIDTH, height), layout="constrained")
     axes = figure.subplots(1, len(COSTS), sharey=True)
-    scale = _Scale.of(rows["mean"])
+    scale = _Scale.of(rows)
     for ax, name in zip(axes, COSTS, strict=True):
         _draw(ax, rows, name, study, scale)
     axes[0].set_ylabel(label)
     _name_points(axes[-1], rows, list(COSTS)[-1], study, scale)
     roles = {arm.role: arm for arm in study.arms}
     handles = [Line2D([], [], color=a.colour, marker=a.marker, ls="", label=ROLE_LABEL[r]) for r, a in roles.items()]
+    if rows["low"].notna().any():
+        handles.append(
+            Line2D([], [], color=GREY, marker="|", markersize=9, markeredgewidth=0.7, ls="", label="95 % interval")
+        )
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
@@ -50,7 +57,9 @@ def _quality(study: Study) -> tuple[pd.DataFrame, str]:
         return gap, f"share of the untrained–teacher\ngap closed{suite} →"
     task = study.tasks[0]
     arrow = "better →" if task.direction == "higher" else "← better"
-    return task.of(trained).set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
+    # The interval in the row of a task is that of its difference to the reference.
+    level = task.of(trained).assign(low=np.nan, high=np.nan)
+    return level.set_index("arm"), f"{task.title}\n{task.unit}, {arrow}"
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,17 @@ class _Scale:
     top: float
 
     @classmethod
-    def of(cls, means: pd.Series) -> _Scale:
-        """The scale for these means."""
-        low, high = bulk_range(means)
-        if np.isnan(low):
-            low, high = 0.0, 1.0
+    def of(cls, rows: pd.DataFrame) -> _Scale:
+        """The scale for these rows' means and intervals; of a much wider interval, only a part is on it."""
+        means, numbers = rows["mean"], rows[["mean", "low", "high"]]
+        finite = numbers.where(np.isfinite(numbers))
+        middle = finite["mean"].median()
+        if rows["low"].isna().all():
+            reach = bulk_limit((means - middle).abs(), FAR_ALONE)
+        else:
+            reach = bulk_limit((finite - middle).abs().max(axis=1))
+        near = finite[(means - middle).abs() <= reach].clip(middle - reach, middle + reach)
+        low, high = (0.0, 1.0) if near.empty else (float(np.nanmin(near)), float(np.nanmax(near)))
         unit = (high - low) or 0.1 * abs(high) or 1.0
         below, above = (EDGE if far else 0.0 for far in (means.min() < low, means.max() > high))
         return cls(low - (0.06 + below) * unit, low, high, high + (0.06 + above) * unit)
@@ -93,6 +108,10 @@ def _draw(ax: Axes, rows: pd.DataFrame, name: str, study: Study, scale: _Scale) 
         if edge is not None:
             arrow = {"arrowstyle": "-|>", "color": arm.colour, "linewidth": 0.9, "mutation_scale": 6, "shrinkB": 0}
             ax.annotate("", xy=(x, edge), xytext=(x, y), arrowprops=arrow | {"shrinkA": 0}, zorder=2)
+        elif not np.isnan(number(rows, arm.name, "low")):
+            # What is open, or much wider than the others, ends where the axis does.
+            low, high = np.clip([number(rows, arm.name, end) for end in ("low", "high")], scale.bottom, scale.top)
+            ax.vlines(x, low, high, arm.colour, linewidth=0.7, alpha=0.6, zorder=1)
         ax.plot(x, y, arm.marker, color=arm.colour, markerfacecolor="white", markeredgewidth=0.9)
     ax.set_xlabel(COSTS[name])
     ax.margins(x=0.12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -192,6 +193,39 @@ def test_costs_over_the_first_task_have_no_interval_of_another_quantity() -> Non
     figure = draw(parts | {"table": table}, "cost")
     assert not bars(figure.axes[0])
     assert "95 % interval" not in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def entropy_of(factors: dict[int, float], n_arms: int = 12) -> Figure:
+    """The entropy figure where the arms at some places have so many times the KL to the teacher."""
+    parts = study_of(n_arms, 3, 5)
+    untrained = {"arm": "untrained", "suite": "all", "task": "entkd_fidelity", "metric": "kl_decile_01", "value": 3.0}
+    scores = pd.concat([parts["scores"], pd.DataFrame([untrained])], ignore_index=True)
+    for place, factor in factors.items():
+        own = (scores["task"] == "entkd_fidelity") & (scores["arm"] == parts["settings"]["arms"][place]["name"])
+        scores.loc[own, "value"] *= factor
+    figure = draw(parts | {"scores": scores}, "entropy")
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_deciles_of_diverged_arms_rule_neither_the_colours_nor_the_axis() -> None:
+    usual, figure = entropy_of({}), entropy_of({3: 5000.0, 4: 200.0})
+    for one in (usual, figure):
+        assert 10 < panel(one, "f  relative to kd").images[0].get_clim()[1] < 60
+        assert 1 < panel(one, "e  distance to the teacher").get_ylim()[1] < 1.3
+    assert "off scale" not in panel(usual, "e  distance to the teacher").get_xlabel()
+    names = [arm["name"] for arm in study_of(12, 3, 5)["settings"]["arms"]]
+    label = panel(figure, "e  distance to the teacher").get_xlabel()
+    assert label.replace("\n", " ").endswith(f"(off scale: {names[3]}, {names[4]})")
+    far = {int(text.get_position()[1]): text.get_text() for text in panel(figure, "f  relative to kd").texts}
+    assert set(far) == {2, 3}
+    assert all(text.startswith("+") and text.endswith(" %") for text in far.values())
+
+
+def test_a_reference_that_diverged_is_told_as_any_arm() -> None:
+    figure = entropy_of({0: 1000.0})
+    assert panel(figure, "e  distance to the teacher").get_xlabel().endswith("(off scale: kd)")
+    assert 99 < panel(figure, "f  relative to kd").images[0].get_clim()[1] < 101
 
 
 @pytest.mark.parametrize(

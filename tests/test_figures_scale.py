@@ -228,6 +228,24 @@ def test_a_reference_that_diverged_is_told_as_any_arm() -> None:
     assert 99 < panel(figure, "f  relative to kd").images[0].get_clim()[1] < 101
 
 
+def entropy_without(*places: int) -> Figure:
+    """The entropy figure of three arms where those at some places have no scores by decile."""
+    parts = study_of(3, 1, 1)
+    names = [parts["settings"]["arms"][place]["name"] for place in places]
+    scores = parts["scores"]
+    scores = scores[~(scores["arm"].isin(names) & (scores["task"] == "entkd_fidelity"))]
+    figure = draw(parts | {"scores": scores}, "entropy")
+    figure.draw_without_rendering()
+    return figure
+
+
+@pytest.mark.parametrize("places", [(1, 2), (0,)], ids=["reference-alone", "no-reference"])
+def test_entropy_of_an_arm_with_none_to_compare_leaves_the_comparison_out(places: tuple[int, ...]) -> None:
+    titles = {ax.get_title(loc="left")[:1]: ax for ax in entropy_without(*places).axes}
+    assert "".join(sorted(titles)) == "abcde"
+    assert titles["e"].lines
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(5.0, "5"), (-0.12345, "−0.123"), (132.8, "133"), (3333.08, "3333"), (-9.87654e8, "−9.9e8"), (-np.inf, "−∞")],

@@ -228,6 +228,15 @@ def test_a_reference_that_diverged_is_told_as_any_arm() -> None:
     assert 99 < panel(figure, "f  relative to kd").images[0].get_clim()[1] < 101
 
 
+def test_the_legend_of_distances_covers_no_line() -> None:
+    figure = entropy_of({})  # they rise from the lower left
+    ax = panel(figure, "e  distance to the teacher")
+    box = ax.get_legend().get_window_extent()
+    for line in ax.lines:
+        points = ax.transData.transform(np.c_[line.get_xdata(), line.get_ydata()])
+        assert not box.count_contains(points)
+
+
 def entropy_without(*places: int) -> Figure:
     """The entropy figure of three arms where those at some places have no scores by decile."""
     parts = study_of(3, 1, 1)

@@ -160,7 +160,7 @@ def _decile_lines(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
     ax.xaxis.set_major_locator(FixedLocator(range(1, 11)))
     ax.set_ylim(0, 1.05 * top or 1.0)
     lines = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(lines.values(), lines.keys(), loc="lower left")
+    ax.legend(lines.values(), lines.keys(), loc="best")
 
 
 def _excess(deciles: pd.DataFrame, study: Study) -> pd.DataFrame | None:

@@ -5,6 +5,7 @@ The formulas are those of docs/method.md, in numpy; a test holds them against th
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib.ticker import FixedLocator
 from numpy.typing import NDArray
 
 from entkd.config import Curriculum, Temperature
+from entkd.figures.scale import FAR_ALONE, bulk_limit, signed
 from entkd.figures.style import BLACK, BLUE, GREY, ROLE_LABEL, SKY, TEXT_WIDTH, VERMILLION, Study, few_ticks
 from entkd.names import FIDELITY
 
@@ -46,9 +48,15 @@ def draw_entropy(study: Study, histograms: pd.DataFrame, method: Mapping[str, An
     else:
         _say_absent(axes[3])
     if deciles is not None:
-        axes += list(parts[1].subplots(1, 2))
-        _decile_lines(axes[4], deciles, study)
-        _decile_map(axes[5], deciles, study)
+        lines, relative = parts[1].subplots(1, 2)
+        axes.append(lines)
+        _decile_lines(lines, deciles, study)
+        excess = _excess(deciles, study)
+        if excess is None:
+            relative.remove()
+        else:
+            axes.append(relative)
+            _decile_map(relative, excess, study.reference)
     names = ["entropy", "difficulty", "curriculum", "temperature"]
     names += ["distance to the teacher", f"relative to {study.reference}"]
     for ax, letter, name in zip(axes, "abcdef", names, strict=False):
@@ -137,31 +145,52 @@ def _deciles(study: Study) -> pd.DataFrame | None:
 
 
 def _decile_lines(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
-    """KL by decile, one line per arm in the colour of its role."""
-    for arm in study.arms:
-        if arm.name in deciles.index:
-            width, opacity = (1.4, 1.0) if arm.role == "reference" else (0.8, 0.7)
-            line = ax.plot(deciles.columns, deciles.loc[arm.name], color=arm.colour, linewidth=width, alpha=opacity)
-            line[0].set(label=ROLE_LABEL[arm.role], zorder=3 if arm.role == "reference" else 2)
+    """KL by decile, one line per arm in the colour of its role; lines far above the others are named, not shown."""
+    arms = [arm for arm in study.arms if arm.name in deciles.index]
+    highest = deciles.loc[[arm.name for arm in arms]].max(axis=1)
+    top = bulk_limit(highest)
+    for arm in arms:
+        width, opacity = (1.4, 1.0) if arm.role == "reference" else (0.8, 0.7)
+        line = ax.plot(deciles.columns, deciles.loc[arm.name], color=arm.colour, linewidth=width, alpha=opacity)
+        line[0].set(label=ROLE_LABEL[arm.role], zorder=3 if arm.role == "reference" else 2)
     ax.set_ylabel("KL (nats per token)")
-    ax.set_xlabel("decile of teacher entropy")
+    far = list(highest.index[highest > top])
+    off = textwrap.fill(f"(off scale: {', '.join(far)})", 46) if far else ""
+    ax.set_xlabel(f"decile of teacher entropy\n{off}".rstrip())
     ax.xaxis.set_major_locator(FixedLocator(range(1, 11)))
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * top or 1.0)
     lines = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-    ax.legend(lines.values(), lines.keys(), loc="lower left")
+    ax.legend(lines.values(), lines.keys(), loc="best")
 
 
-def _decile_map(ax: Axes, deciles: pd.DataFrame, study: Study) -> None:
-    """KL of every other arm relative to the reference's, in per cent; colours end where most values do."""
-    names = [arm.name for arm in study.arms if arm.role != "reference" and arm.name in deciles.index]
-    excess = 100 * (deciles.loc[names] / deciles.loc[study.reference] - 1)
-    limit = float(np.quantile(excess.abs(), 0.95)) or 1.0
+def _excess(deciles: pd.DataFrame, study: Study) -> pd.DataFrame | None:
+    """KL of every other arm relative to the reference's, in per cent; None where there is nothing to compare."""
+    others = [arm.name for arm in study.arms if arm.role != "reference" and arm.name in deciles.index]
+    if not others or study.reference not in deciles.index:
+        return None
+    excess = 100 * (deciles.loc[others] / deciles.loc[study.reference] - 1)
+    finite = excess.where(np.isfinite(excess))
+    return None if finite.isna().all(axis=None) else finite
+
+
+def _decile_map(ax: Axes, excess: pd.DataFrame, reference: str) -> None:
+    """The excess over the reference in colours, which end where most values do.
+
+    An arm far outside the others does not count for the colours; its median is written on its row.
+    """
+    median = excess.median(axis=1)
+    far = median.abs() > bulk_limit(median.abs(), FAR_ALONE)
+    limit = float(np.nanquantile(excess[~far].abs(), 0.95)) or 1.0
     image = ax.imshow(excess, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    ax.set_yticks(range(len(names)), names)
+    middle = 0.5 * (len(excess.columns) - 1)
+    for y, name in enumerate(excess.index):
+        if far[name]:
+            ax.text(middle, y, f"{signed(median[name])} %", color="white", fontsize=6, ha="center", va="center")
+    ax.set_yticks(range(len(excess)), excess.index)
     ax.set_xticks(range(len(excess.columns)), [str(decile) for decile in excess.columns])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("decile of teacher entropy")
     bar = ax.figure.colorbar(image, ax=ax, extend="both", pad=0.02, aspect=25)
-    bar.set_label(f"KL, % over {study.reference}\n← closer to the teacher")
+    bar.set_label(f"KL, % over {reference}\n← closer to the teacher")
     bar.outline.set_visible(False)

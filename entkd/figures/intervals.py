@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from entkd.figures.scale import bulk_limit, draw_at_edge, signed
 from entkd.figures.style import (
     BLACK,
     BLUE,
@@ -21,7 +22,6 @@ from entkd.figures.style import (
     ROLE_LABEL,
     Arm,
     Study,
-    Task,
     few_ticks,
     number,
     task_panels,
@@ -129,23 +129,19 @@ def _interval_panels(study: Study, frame: pd.DataFrame, key: str, rows: Sequence
     """One panel per task; the rows are shared. Better is always to the right."""
     figure, panels = task_panels(study.tasks, [row.label for row in rows], label, margin=0.6)
     for ax, task in panels:
-        _draw_panel(ax, task.of(frame).drop_duplicates(key).set_index(key), rows)
-        _label_panel(ax, task, label)
+        values = task.of(frame).drop_duplicates(key).set_index(key)
+        limit = _limit(values, [row.key for row in rows])
+        # Before anything is drawn: the direction decides on which side of a marker at the edge its number is.
+        ax.set_xlim(*((-limit, limit) if task.direction == "higher" else (limit, -limit)))
+        _draw_panel(ax, values, rows, limit)
+        ax.set_title(task.title)
+        ax.set_xlabel(task.axis_label(label, "better →"))
+        few_ticks(ax)
     return figure
 
 
-def _label_panel(ax: Axes, task: Task, label: str) -> None:
-    ax.set_title(task.title)
-    ax.set_xlabel(task.axis_label(label, "better →"))
-    if task.direction == "lower":
-        ax.invert_xaxis()
-    few_ticks(ax)
-
-
-def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row]) -> None:
-    """The intervals of one panel. A claim is a filled marker, half filled where its interval holds 0."""
-    limit = _limit(values, [row.key for row in rows])
-    ax.set_xlim(-limit, limit)
+def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row], limit: float) -> None:
+    """The intervals of one panel; an estimate far outside the others is at the edge, with its number."""
     ax.axvline(0, color=BLACK, linewidth=0.7, zorder=1)
     for y, row in enumerate(rows):
         if y and rows[y - 1].group != row.group:
@@ -155,46 +151,31 @@ def _draw_panel(ax: Axes, values: pd.DataFrame, rows: Sequence[Row]) -> None:
         estimate, low, high = (number(values, row.key, column) for column in ("estimate", "low", "high"))
         if np.isnan(estimate):
             continue
+        style = _style(row, str(values.at[row.key, "claim"]), low < 0 < high)
         if abs(estimate) > limit:
-            _draw_off_scale(ax, estimate, limit, y, row)
+            edge = float(np.copysign(limit, estimate))
+            draw_at_edge(ax, edge, -edge, y, signed(estimate), row.marker, **style)
             continue
         if not np.isnan(low):
-            ax.plot([low, high], [y, y], color=row.colour, linewidth=1.1, zorder=2)
-        face = row.colour if values.at[row.key, "claim"] in CLAIMS else "white"
-        fill: Literal["left", "full"] = "left" if face != "white" and low < 0 < high else "full"
-        ax.plot(
-            estimate,
-            y,
-            row.marker,
-            color=row.colour,
-            markerfacecolor=face,
-            markerfacecoloralt="white",
-            fillstyle=fill,
-            markeredgewidth=0.9,
-            zorder=3,
-        )
+            ends = np.clip([low, high], -2 * limit, 2 * limit)  # an open end is drawn out of the panel
+            ax.plot(ends, [y, y], color=row.colour, linewidth=1.1, zorder=2)
+        ax.plot(estimate, y, row.marker, zorder=3, **style)
 
 
-def _draw_off_scale(ax: Axes, estimate: float, limit: float, y: int, row: Row) -> None:
-    """An estimate far outside the others is written at the edge, so that it does not flatten the rest."""
-    side = np.sign(estimate)
-    ax.annotate(
-        f"{estimate:+.3g}".replace("-", "−"),
-        xy=(side * limit, y),
-        xytext=(side * limit * 0.45, y),
-        color=row.colour,
-        fontsize=6.5,
-        ha="center",
-        va="center",
-        arrowprops={"arrowstyle": "-|>", "color": row.colour, "linewidth": 0.9, "mutation_scale": 6, "shrinkB": 0},
-    )
+def _style(row: Row, claim: str, holds_zero: bool) -> dict[str, Any]:
+    """How a marker is filled: whole for a claim, half where its interval holds 0, else not at all."""
+    face = row.colour if claim in CLAIMS else "white"
+    return {
+        "color": row.colour,
+        "markerfacecolor": face,
+        "markerfacecoloralt": "white",
+        "fillstyle": "left" if face != "white" and holds_zero else "full",
+        "markeredgewidth": 0.9,
+    }
 
 
 def _limit(values: pd.DataFrame, keys: Sequence[str]) -> float:
     """Half the width of a panel around zero: all intervals, or the bulk of them where a few lie far outside."""
-    shown = values.reindex(list(keys))
-    reach = shown[["estimate", "low", "high"]].abs().max(axis=1).dropna()
-    if reach.empty or reach.max() == 0:
-        return 1.0
-    bulk = float(reach.quantile(0.7))
-    return 1.08 * float(reach[reach <= 4 * bulk].max())
+    shown = values.reindex(list(keys))[["estimate", "low", "high"]].abs()
+    # An open end of an interval has no place on any scale, the other numbers of its row have.
+    return 1.08 * bulk_limit(shown.where(np.isfinite(shown)).max(axis=1)) or 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from entkd.names import COMPONENTS, FIDELITY, GAP_CLOSED
 from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
 from entkd.tables.effects import PRIMARY
-from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured
+from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured, common_seeds
 
 COSTS = ["tokens", "seconds", "tflops", "peak_gib"]
 COLUMNS = [
@@ -82,9 +83,9 @@ def _has_gap(m: Measured) -> bool:
     return bool(gap > 0 and gap >= m.min_gap)
 
 
-def _closed(m: Measured, arm: str) -> tuple[Any, Any]:
+def _closed(m: Measured, arm: str, seeds: Sequence[int] | None = None) -> tuple[Any, Any]:
     """Arm − untrained and teacher − untrained by seed, positive where better, on the task's scale."""
-    seeds = m.seeds(arm, TEACHER, UNTRAINED)
+    seeds = m.seeds(arm, TEACHER, UNTRAINED) if seeds is None else seeds
     untrained = m.by_seed(UNTRAINED, seeds)
     scale = m.sign / m.scale
     return scale * (m.by_seed(arm, seeds) - untrained), scale * (m.by_seed(TEACHER, seeds) - untrained)
@@ -98,12 +99,15 @@ def gap_tasks(measured: list[Measured]) -> list[Measured]:
 def _gap_over_suite(measured: list[Measured], arm: str) -> dict[str, Any]:
     row = {"metric": "ratio", "direction": "higher", "n": len(measured[0].values[arm])}
     tasks = gap_tasks(measured)
-    if tasks:
-        parts = [_closed(m, arm) for m in tasks]
-        closed, gap = (np.sum(side, axis=0) for side in zip(*parts, strict=True))
-        ratio, low, high = fieller(closed, gap)
-        row |= {"mean": ratio, "gap_closed": ratio, "low": low, "high": high, "n": closed.size}
-    return row
+    if not tasks:
+        return row
+    seeds = common_seeds(tasks, arm, TEACHER, UNTRAINED)
+    if not seeds:
+        return row | {"n": 0}
+    parts = [_closed(m, arm, seeds) for m in tasks]
+    closed, gap = (np.sum(side, axis=0) for side in zip(*parts, strict=True))
+    ratio, low, high = fieller(closed, gap)
+    return row | {"mean": ratio, "gap_closed": ratio, "low": low, "high": high, "n": closed.size}
 
 
 def _add_claims(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> None:

@@ -61,8 +61,7 @@ class Measured:
         UserError
             If the arms have no seed in common.
         """
-        own = [set(self.values[arm].index) for arm in arms if not self._constant(arm)]
-        common = sorted(set.intersection(*own)) if own else [0]
+        common = common_seeds([self], *arms)
         if not common:
             have = "; ".join(f"{arm}: {sorted(self.values[arm].index)}" for arm in arms)
             raise UserError(f"scores of {self.label} {self.metric}: no seed in common ({have}); score the same seeds")
@@ -71,7 +70,7 @@ class Measured:
     def by_seed(self, arm: str, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Scores of an arm, (S,); those of a pseudo-arm scored once are repeated."""
         values = self.values[arm]
-        if self._constant(arm):
+        if self.constant(arm):
             return np.full(len(seeds), float(values.iloc[0]), np.float64)
         return np.asarray(values.loc[list(seeds)], dtype=np.float64)
 
@@ -101,12 +100,13 @@ class Measured:
         above_I = self.weights[ours.columns].to_numpy(dtype=float) - 1
         return difference_SI - difference_SI.mean(1, keepdims=True) * above_I
 
-    def _constant(self, arm: str) -> bool:
+    def constant(self, arm: str) -> bool:
+        """Whether this is a pseudo-arm that was scored once, the same for every seed."""
         return arm in PSEUDO_ARMS and len(self.values[arm]) == 1
 
     def _items_of(self, arm: str, seeds: Sequence[int]) -> pd.DataFrame:
         items = self.items[arm]
-        wanted = [items.index[0]] * len(seeds) if self._constant(arm) else list(seeds)
+        wanted = [items.index[0]] * len(seeds) if self.constant(arm) else list(seeds)
         missing = sorted(set(wanted) - set(items.index))
         if missing or items.loc[wanted].isna().to_numpy().any():
             where = f"seed {missing[0]}" if missing else "some items of a seed"
@@ -119,6 +119,12 @@ class Measured:
                 "or leave out --items"
             )
         return items.loc[wanted]
+
+
+def common_seeds(tasks: Sequence[Measured], *arms: str) -> list[int]:
+    """Seeds that all the arms have on all the tasks, which may be none; [0] of arms that were scored once."""
+    own = [set(m.values[arm].index) for m in tasks for arm in arms if not m.constant(arm)]
+    return sorted(set.intersection(*own)) if own else [0]
 
 
 def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame | None) -> list[Measured]:

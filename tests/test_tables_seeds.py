@@ -10,6 +10,8 @@ import pytest
 from fake_results import fake_items, fake_results, fake_scores
 from test_tables import row, settings_of, tables, values
 
+from entkd.errors import UserError
+
 
 def write_without(folder: Path, arm: str, seed: int, metric: str | None = None) -> None:
     """Results in which an arm has no scores of a seed, on one task or on any."""
@@ -45,3 +47,18 @@ def test_gap_closed_is_blank_without_a_seed_that_every_task_has(tmp_path: Path) 
     table, _ = tables(tmp_path, settings_of("bits_per_byte", "rougeL"), items=False)
     assert math.isnan(row(table, "sft", "ratio")["mean"])
     assert row(table, "sft", "ratio")["n"] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_student_that_diverged_is_named_with_what_helps(tmp_path: Path, value: float) -> None:
+    fake_results(tmp_path, n_items=6)
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    ours = (scores["arm"] == "sft") & (scores["seed"] == 2) & (scores["metric"] == "bits_per_byte")
+    scores.assign(value=scores["value"].mask(ours, value)).to_csv(tmp_path / "scores.csv", index=False)
+    with pytest.raises(UserError) as caught:
+        tables(tmp_path, settings_of("bits_per_byte", "rougeL"), items=False)
+    said = str(caught.value)
+    assert said.startswith(f"scores of entkd_heldout bits_per_byte: value `{value}` of arm `sft`, seed 2, is no finite")
+    for remedy in ("training.lr", "training.clip", "take arm `sft` out of the arms", "2 out of the seeds"):
+        assert remedy in said
+    assert "score it again" not in said

@@ -98,7 +98,8 @@ class Measured:
         ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
         difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
         above_I = self.weights[ours.columns].to_numpy(dtype=float) - 1
-        return difference_SI - difference_SI.mean(1, keepdims=True) * above_I
+        linear_SI: NDArray[np.float64] = difference_SI - difference_SI.mean(1, keepdims=True) * above_I
+        return linear_SI
 
     def constant(self, arm: str) -> bool:
         """Whether this is a pseudo-arm that was scored once, the same for every seed."""
@@ -173,9 +174,7 @@ def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.S
         bad = rows[~np.isfinite(number)]
         if len(bad):
             value, seed = bad.iloc[0][["value", "seed"]]
-            raise UserError(
-                f"{where}: value `{value}` of arm `{arm}`, seed {seed}, is no finite number; score it again"
-            )
+            raise UserError(f"{where}: value `{value}` of {_who(str(arm), seed)}")
         by_seed = pd.Series(number.to_numpy(dtype=float), index=rows["seed"].astype(int)).sort_index()
         if by_seed.index.has_duplicates:
             twice = by_seed.index[by_seed.index.duplicated()][0]
@@ -187,6 +186,17 @@ def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.S
                 f"{where}: none of arm `{arm}` (there are {', '.join(values)}); score it, or remove it from the arms"
             )
     return values
+
+
+def _who(arm: str, seed: int) -> str:
+    """Whose score is no number, and what can be done: to score a student that diverged again gives the same."""
+    said = f"arm `{arm}`, seed {seed}, is no finite number"
+    if arm in PSEUDO_ARMS:
+        return f"{said}; no arm trained that model, so leave the task out, or score it again where the file was damaged"
+    return (
+        f"{said}: that student diverged. Lower training.lr or set training.clip, and train again; or take arm `{arm}` "
+        f"out of the arms, or {seed} out of the seeds"
+    )
 
 
 def _matrices(items: pd.DataFrame) -> dict[str, pd.DataFrame]:

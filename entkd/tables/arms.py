@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from entkd.names import COMPONENTS, FIDELITY, GAP_CLOSED
-from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
+from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, jointly_detectable, smallest_detectable
 from entkd.tables.effects import PRIMARY
 from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured, common_seeds
 
@@ -158,9 +158,8 @@ def _detectable(d: Difference, seed_variance: float, level: float, power: float)
     if d.n_seeds < 2 or not seed_variance > 0:
         return math.nan
     seeds = seed_variance / d.n_seeds
-    over_seeds = smallest_detectable(math.sqrt(seeds), d.n_seeds - 1, level, power)
-    if d.item_variance == 0:
-        return over_seeds
-    total = seeds + d.item_variance
-    df = total**2 / (seeds**2 / (d.n_seeds - 1) + d.item_variance**2 / (d.n_items - 1))
-    return max(over_seeds, smallest_detectable(math.sqrt(total), df, level, power))
+    if d.n_items == 0:
+        return smallest_detectable(math.sqrt(seeds), d.n_seeds - 1, level, power)
+    # A typical arm may vary less over seeds than this one does within them; a run's variance is never below that.
+    residual = min(d.item_se**2 - d.item_variance, seeds)
+    return jointly_detectable(seeds, d.item_variance + residual, residual, d.n_seeds, d.n_items, level, power)

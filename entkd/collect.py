@@ -11,6 +11,7 @@ import pandas as pd
 
 from entkd.errors import UserError
 from entkd.files import replacing
+from entkd.frames import read_csv
 
 RUN_COLUMNS = [
     "arm",
@@ -42,9 +43,8 @@ def collect_scores(files: Sequence[Path], scores: Path, items: Path) -> None:
     UserError
         For a result that occurs twice, or a task that was scored in two versions: their scores do not compare.
     """
-    text = dict.fromkeys(("arm", "suite", "task", "metric", "task_version"), str)
     items_of = {path: _items_of(path) for path in files}
-    score_table = pd.concat([pd.read_csv(path, dtype=text) for path in files], ignore_index=True)
+    score_table = pd.concat([read_csv(path, text=("task_version",)) for path in files], ignore_index=True)
     item_table = pd.concat([pd.read_parquet(items_of[path]) for path in files], ignore_index=True)
     _refuse_repeats(score_table, _SCORE_KEY)
     _refuse_repeats(item_table, _ITEM_KEY)

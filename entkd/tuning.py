@@ -16,6 +16,7 @@ import pandas as pd
 from entkd.config.tune import patch_of
 from entkd.errors import UserError
 from entkd.files import replacing, write_json
+from entkd.frames import read_csv
 
 COLUMNS = ["arm", "trial", "settings", "dev_nll", "chosen", "steps", "seconds", "tflops", "folder"]
 
@@ -66,7 +67,7 @@ def choose(arm: str, settings: dict[str, Any], runs: Sequence[Path], patch: Path
 def collect_tuning(files: Sequence[Path], output: Path) -> None:
     """The trials of all arms in one CSV."""
     with replacing(output) as path:
-        pd.concat([pd.read_csv(file, dtype={"arm": str, "folder": str}) for file in files]).to_csv(path, index=False)
+        pd.concat([read_csv(file, text=("folder",)) for file in files]).to_csv(path, index=False)
 
 
 def chosen_points(tuning: pd.DataFrame) -> dict[str, dict[str, Any]]:

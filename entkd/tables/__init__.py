@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from entkd.config.jobs import with_choices
+from entkd.frames import read_csv
 from entkd.tables.arms import arm_table
 from entkd.tables.budget import budget_notes
 from entkd.tables.effects import effect_table
@@ -56,7 +55,7 @@ def make_tables(
     UserError
         If a column, arm, metric or item that the analysis needs is not there, or items do not average to their score.
     """
-    trials = None if tuning is None else pd.read_csv(tuning, dtype={"arm": str})
+    trials = None if tuning is None else read_csv(tuning)
     if trials is not None:
         settings = with_choices(settings, chosen_points(trials))
     measured = measure(settings, read_scores(scores), None if items is None else read_items(items))

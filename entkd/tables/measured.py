@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from entkd.config.errors import unknown_name
 from entkd.errors import UserError
+from entkd.frames import NAMES, read_csv
 
 TEACHER, UNTRAINED = "teacher", "untrained"
 PSEUDO_ARMS = (TEACHER, UNTRAINED)
 """Models that no arm trained. Scored once where they are the same for every seed."""
-KEYS = ["arm", "suite", "task", "metric"]
 TOLERANCE = 1e-4
 """Relative difference up to which items average to their score: published scores may be rounded."""
 
@@ -218,17 +218,17 @@ def _weights(items: pd.DataFrame, where: str) -> pd.Series[float]:
 
 def read_scores(path: Path) -> pd.DataFrame:
     """``scores.csv``."""
-    return _columns(path, pd.read_csv(path, dtype=dict.fromkeys(KEYS, str)), [*KEYS, "seed", "value"])
+    return _columns(path, read_csv(path), [*NAMES, "seed", "value"])
 
 
 def read_items(path: Path) -> pd.DataFrame:
     """``items.parquet``."""
-    return _columns(path, pd.read_parquet(path), [*KEYS, "seed", "item", "value"])
+    return _columns(path, pd.read_parquet(path), [*NAMES, "seed", "item", "value"])
 
 
 def read_runs(path: Path) -> pd.DataFrame:
     """``runs.csv``."""
-    return _columns(path, pd.read_csv(path, dtype={"arm": str}), ["arm", "positions", "seconds", "tflops", "peak_gib"])
+    return _columns(path, read_csv(path), ["arm", "positions", "seconds", "tflops", "peak_gib"])
 
 
 def _columns(path: Path, frame: pd.DataFrame, needed: list[str]) -> pd.DataFrame:

@@ -23,9 +23,9 @@ from entkd.tables import arms, make_tables
 from entkd.tables.latex import latex_escape
 
 COLUMNS = [
-    "arm", "role", "curriculum", "temperature", "features", "divergence", "task", "metric", "direction", "n", "mean",
-    "sd", "delta", "low", "high", "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", "tokens",
-    "seconds", "tflops", "peak_gib",
+    "arm", "role", "curriculum", "temperature", "features", "divergence", "task", "metric", "direction", "n",
+    "n_paired", "mean", "sd", "delta", "low", "high", "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se",
+    "gap_closed", "tokens", "seconds", "tflops", "peak_gib",
 ]  # fmt: skip
 EFFECT_COLUMNS = [
     "task", "metric", "effect", "estimate", "low", "high", "df", "p", "p_holm", "family", "claim", "mdd",

@@ -62,3 +62,31 @@ def test_a_student_that_diverged_is_named_with_what_helps(tmp_path: Path, value:
     for remedy in ("training.lr", "training.clip", "take arm `sft` out of the arms", "2 out of the seeds"):
         assert remedy in said
     assert "score it again" not in said
+
+
+def test_seeds_of_a_comparison_are_those_of_both_arms(tmp_path: Path) -> None:
+    write_without(tmp_path, "kd", 2)
+    table, _ = tables(tmp_path, settings_of("bits_per_byte", "rougeL"))
+    found = row(table, "sft", "rougeL")
+    assert (found["n"], found["n_paired"]) == (3, 2)
+    assert row(table, "teacher", "rougeL")["n_paired"] == 2
+    assert row(table, "kd", "rougeL")["n"] == 2
+    assert table.loc[(table["arm"] == "kd") | (table["metric"] == "ratio"), "n_paired"].isna().all()
+    note = "both have, fewer than are behind the arm's mean ± sd: 2 of 3 seeds of sft, seqkd, curriculum,"
+    assert note in (tmp_path / "out" / "ablation_table.md").read_text()
+    assert "2 of 3 seeds of sft, seqkd, curriculum," in (tmp_path / "out" / "ablation_table.tex").read_text()
+
+
+def test_a_task_on_which_fewer_seeds_are_paired_is_named(tmp_path: Path) -> None:
+    write_without(tmp_path, "kd", 2, "rougeL")
+    tables(tmp_path, settings_of("bits_per_byte", "rougeL"))
+    text = (tmp_path / "out" / "ablation_table.md").read_text()
+    assert "2 of 3 seeds of sft on entkd_rouge rougeL, seqkd on entkd_rouge rougeL," in text
+
+
+def test_no_word_of_paired_seeds_where_all_arms_have_the_same(tmp_path: Path) -> None:
+    write_without(tmp_path, "sft", 2)
+    table, _ = tables(tmp_path, settings_of("bits_per_byte"))
+    assert row(table, "sft", "bits_per_byte")["n_paired"] == row(table, "sft", "bits_per_byte")["n"] == 2
+    assert row(table, "seqkd", "bits_per_byte")["n_paired"] == 3
+    assert "fewer than are behind" not in (tmp_path / "out" / "ablation_table.md").read_text()

@@ -17,8 +17,8 @@ from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured, com
 
 COSTS = ["tokens", "seconds", "tflops", "peak_gib"]
 COLUMNS = [
-    "arm", "role", *COMPONENTS, "divergence", "task", "metric", "direction", "n", "mean", "sd", "delta", "low", "high",
-    "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
+    "arm", "role", *COMPONENTS, "divergence", "task", "metric", "direction", "n", "n_paired", "mean", "sd", "delta",
+    "low", "high", "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
 ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def _against(m: Measured, arm: str, reference: str) -> dict[str, Any]:
     seeds = m.seeds(arm, reference)
     d = compare(m.by_seed(arm, seeds) - m.by_seed(reference, seeds), m.by_item(arm, reference, seeds))
     shown = {key: getattr(d, key) for key in ("low", "high", "seed_low", "seed_high", "item_se", "p")}
-    return {"delta": d.estimate, "difference": d} | shown
+    return {"n_paired": d.n_seeds, "delta": d.estimate, "difference": d} | shown
 
 
 def _has_gap(m: Measured) -> bool:

@@ -48,6 +48,7 @@ def arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]:
         f"{_percent(analysis['power'])} power whatever the other tests give, at the noise of a typical arm "
         "(the median). Where it is larger than any real difference, this many seeds of a single arm cannot claim.",
     ]
+    notes += _paired(table, analysis["reference"])
     if counts == [1]:
         notes.append("With one seed no claim about the method is possible: intervals are over items alone.")
     but = ""
@@ -74,6 +75,26 @@ def arm_notes(settings: dict[str, Any], table: pd.DataFrame) -> tuple[str, ...]:
             "Seconds are wall time with other jobs beside it."
         )
     return tuple(notes)
+
+
+def _paired(table: pd.DataFrame, reference: str) -> list[str]:
+    """A note where an arm is compared on fewer seeds than it has, because the reference lacks some."""
+    compared = table[table["n_paired"].notna() & ~table["arm"].isin(PSEUDO_ARMS)]
+    fewer = compared[compared["n_paired"] < compared["n"]]
+    if fewer.empty:
+        return []
+    tasks = compared.groupby("arm").size()
+    parts = []
+    for (n_paired, n), rows in fewer.groupby(["n_paired", "n"]):
+        names = [
+            str(arm) if len(own) == tasks[arm] else f"{arm} on {', '.join(own['task'] + ' ' + own['metric'])}"
+            for arm, own in rows.groupby("arm", sort=False)
+        ]
+        parts.append(f"{n_paired:.0f} of {n:.0f} seeds of {', '.join(names)}")
+    return [
+        f"Δ, its interval and p are of the seeds that the arm and {reference} both have, fewer than are behind the "
+        f"arm's mean ± sd: {'; '.join(parts)}."
+    ]
 
 
 def effect_notes(settings: dict[str, Any]) -> tuple[str, ...]:

@@ -93,6 +93,16 @@ def notes(settings: dict[str, Any], tuning: pd.DataFrame) -> tuple[str, ...]:
     )
 
 
+def untold(settings: dict[str, Any]) -> tuple[str, ...]:
+    """What a table without the trials of its tuned arms has to say: its settings of them were perhaps never trained."""
+    if "tune" not in settings:
+        return ()
+    return (
+        f"Tuned: {', '.join(settings['tune']['arms'])}. No tuning.csv was given, so what was chosen for them is not "
+        "known here: their settings in this table are those as written, which need not be those that were trained.",
+    )
+
+
 def _words(point: dict[str, Any]) -> str:
     """`lr 0.002, temperature.c −0.5`."""
     return ", ".join(f"{key.partition('.')[2]} {value}" for key, value in point.items())

@@ -13,7 +13,7 @@ from entkd.tables.effects import effect_table
 from entkd.tables.latex import to_latex
 from entkd.tables.measured import measure, read_items, read_runs, read_scores
 from entkd.tables.wide import to_markdown, wide_tables
-from entkd.tuning import chosen_points, notes
+from entkd.tuning import chosen_points, notes, untold
 
 __all__ = ["make_tables"]
 
@@ -48,7 +48,8 @@ def make_tables(
     csv, markdown, latex, effects
         Where to write.
     tuning
-        CSV with the trials of tuned arms; read where the settings have a ``tune``.
+        CSV with the trials of tuned arms; where the settings have a ``tune`` and this is missing, a note says that what
+        was chosen is not known.
 
     Raises
     ------
@@ -62,7 +63,8 @@ def make_tables(
     effect_rows = effect_table(settings, measured)
     costs = None if runs is None else read_runs(runs)
     table = arm_table(settings, measured, effect_rows, costs)
-    more = budget_notes(settings, costs) + (() if trials is None else notes(settings, trials))
+    tuned = untold(settings) if trials is None else notes(settings, trials)
+    more = budget_notes(settings, costs) + tuned
     wide = wide_tables(settings, table, effect_rows, costs, more)
     for path in (csv, markdown, latex, effects):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

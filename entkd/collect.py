@@ -11,6 +11,7 @@ import pandas as pd
 
 from entkd.errors import UserError
 from entkd.files import replacing
+from entkd.frames import read_csv
 
 RUN_COLUMNS = [
     "arm",
@@ -21,6 +22,7 @@ RUN_COLUMNS = [
     "seconds",
     "tflops",
     "peak_gib",
+    "signals",
     "teacher_tokens",
     "teacher_tokens_online",
     "generated_tokens",
@@ -30,7 +32,7 @@ RUN_COLUMNS = [
     "device",
 ]
 ONLINE_COLUMNS = ["teacher_tokens_online", "generated_tokens", "on_policy_steps", "replayed_steps"]
-"""0 in records of runs from before there was student text."""
+"""0 in records of runs from before there was student text; older ones do not name their signals either."""
 CURVE_COLUMNS = ["arm", "seed", "step", "seconds", "metric", "value"]
 _SCORE_KEY = ["arm", "seed", "suite", "task", "metric"]
 _ITEM_KEY = [*_SCORE_KEY, "item"]
@@ -44,9 +46,8 @@ def collect_scores(files: Sequence[Path], scores: Path, items: Path) -> None:
     UserError
         For a result that occurs twice, or a task that was scored in two versions: their scores do not compare.
     """
-    text = dict.fromkeys(("arm", "suite", "task", "metric", "task_version"), str)
     items_of = {path: _items_of(path) for path in files}
-    score_table = pd.concat([pd.read_csv(path, dtype=text) for path in files], ignore_index=True)
+    score_table = pd.concat([read_csv(path, text=("task_version",)) for path in files], ignore_index=True)
     item_table = pd.concat([pd.read_parquet(items_of[path]) for path in files], ignore_index=True)
     _refuse_repeats(score_table, _SCORE_KEY)
     _refuse_repeats(item_table, _ITEM_KEY)
@@ -78,7 +79,7 @@ def collect_runs(folders: Sequence[Path], runs: Path, curves: Path) -> None:
         arm, seed = folder.parent.name, int(record["seed"])
         if folder.name != f"seed{seed}":
             raise UserError(f"{folder}/run.json: made with seed {seed}, but its folder is {folder.name}; rename it")
-        known = dict.fromkeys(ONLINE_COLUMNS, 0) | record
+        known = dict.fromkeys(ONLINE_COLUMNS, 0) | {"signals": ""} | record
         run_rows.append({"arm": arm} | {column: known[column] for column in RUN_COLUMNS[1:]})
         for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)

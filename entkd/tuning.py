@@ -16,6 +16,7 @@ import pandas as pd
 from entkd.config.tune import patch_of
 from entkd.errors import UserError
 from entkd.files import replacing, write_json
+from entkd.frames import read_csv
 
 COLUMNS = ["arm", "trial", "settings", "dev_nll", "chosen", "steps", "seconds", "tflops", "folder"]
 
@@ -66,7 +67,7 @@ def choose(arm: str, settings: dict[str, Any], runs: Sequence[Path], patch: Path
 def collect_tuning(files: Sequence[Path], output: Path) -> None:
     """The trials of all arms in one CSV."""
     with replacing(output) as path:
-        pd.concat([pd.read_csv(file, dtype={"arm": str, "folder": str}) for file in files]).to_csv(path, index=False)
+        pd.concat([read_csv(file, text=("folder",)) for file in files]).to_csv(path, index=False)
 
 
 def chosen_points(tuning: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -89,6 +90,16 @@ def notes(settings: dict[str, Any], tuning: pd.DataFrame) -> tuple[str, ...]:
         f"{' or '.join(map(str, counts))} trials, chosen by the lowest NLL of the dev split, never by test{rest}. The "
         f"trials cost {cost} in all, on top of the columns here; tuning.csv lists them.",
         f"Chosen: {chosen}.",
+    )
+
+
+def untold(settings: dict[str, Any]) -> tuple[str, ...]:
+    """What a table without the trials of its tuned arms has to say: its settings of them were perhaps never trained."""
+    if "tune" not in settings:
+        return ()
+    return (
+        f"Tuned: {', '.join(settings['tune']['arms'])}. No tuning.csv was given, so what was chosen for them is not "
+        "known here: their settings in this table are those as written, which need not be those that were trained.",
     )
 
 

@@ -100,6 +100,19 @@ def test_the_table_tells_who_was_tuned_what_it_cost_and_what_was_spent(tmp_path:
     assert "cost 1.5 TFLOPs, 15 seconds in all" in text  # 2 arms × 3 trials × (0.25 TFLOPs, 2.5 s)
     assert "Chosen: kd: lr 0.002; temperature: temperature.c -0.5, lr 0.002." in text
     assert "Every run had a budget of 7 TFLOPs and took as many whole steps as fit into it." in text
+    assert "No tuning.csv was given" not in text
     table = pd.read_csv(outputs[0], keep_default_na=False)
     shown = table.drop_duplicates("arm").set_index("arm")["temperature"]
     assert (shown["temperature"], shown["full"]) == ("c=-0.5", "c=0.5")
+
+
+def test_a_table_without_the_trials_says_that_the_choice_is_not_known(tmp_path: Path) -> None:
+    settings = fake_results(tmp_path, n_items=6)
+    outputs = [tmp_path / name for name in ("table.csv", "table.md", "table.tex", "effects.csv")]
+    inputs = [tmp_path / name for name in ("scores.csv", "items.parquet", "runs.csv")]
+    note = "No tuning.csv was given, so what was chosen for them is not known here"
+    make_tables(settings, *inputs, *outputs)
+    assert note not in outputs[1].read_text(encoding="utf-8")
+    make_tables(settings | {"tune": {"arms": {"kd": {}, "full": {}}, "training": {}}}, *inputs, *outputs)
+    for path in outputs[1:3]:
+        assert f"Tuned: kd, full. {note}: their settings in this table are those as written" in path.read_text()

@@ -252,6 +252,7 @@ def train(run: Run, resume: ResumeFolder, world: World, device: torch.device) ->
             "seconds_beforehand": round(seconds_beforehand, 3),
             "peak_gib": round(peak_gib(device), 3),
             "tflops": costs.beforehand + costs.of_tokens(tokens, positions, hard, scanned) + source.tflops(),
+            "signals": targets.store.manifest["key"][:12] if targets.store is not None else "",
             "teacher_tokens": targets.store.manifest["summary"]["teacher_tokens"] if targets.store is not None else 0,
             **source.record(),
             "resumed": resumed,

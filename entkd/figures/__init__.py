@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pandas as pd
 from matplotlib.figure import Figure
 
 from entkd.config.jobs import with_choices
@@ -19,6 +18,7 @@ from entkd.figures.dots import draw_tasks
 from entkd.figures.entropy import draw_entropy
 from entkd.figures.intervals import draw_effects, draw_forest
 from entkd.figures.style import STYLE, Study, save
+from entkd.frames import read_csv
 from entkd.tuning import chosen_points
 
 __all__ = ["make_figures"]
@@ -60,20 +60,20 @@ def make_figures(
         If a given file is missing.
     """
     if tuning is not None:
-        settings = with_choices(dict(settings), chosen_points(pd.read_csv(tuning, dtype={"arm": str})))
-    study = Study(settings, pd.read_csv(scores), pd.read_csv(table))
-    costs = None if runs is None else pd.read_csv(runs)
+        settings = with_choices(dict(settings), chosen_points(read_csv(tuning)))
+    study = Study(settings, read_csv(scores), read_csv(table))
+    costs = None if runs is None else read_csv(runs)
     drawn: list[_Drawn] = [("forest", draw_forest, (study,)), ("tasks", draw_tasks, (study,))]
     if effects is not None:
-        drawn.append(("effects", draw_effects, (study, pd.read_csv(effects))))
+        drawn.append(("effects", draw_effects, (study, read_csv(effects))))
     else:
         _say_skipped("effects", "effects.csv")
     if curves is not None:
-        drawn.append(("curves", draw_curves, (study, pd.read_csv(curves), costs)))
+        drawn.append(("curves", draw_curves, (study, read_csv(curves), costs)))
     else:
         _say_skipped("curves", "curves.csv")
     if entropy is not None:
-        drawn.append(("entropy", draw_entropy, (study, pd.read_csv(entropy), settings.get("method") or {})))
+        drawn.append(("entropy", draw_entropy, (study, read_csv(entropy), settings.get("method") or {})))
     else:
         _say_skipped("entropy", "the signals' entropy.csv")
     if costs is not None:

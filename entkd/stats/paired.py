@@ -88,24 +88,38 @@ def mean_squares(difference_SI: NDArray[np.float64]) -> tuple[float, float, floa
     return ms_seed, ms_item, float((residual_SI**2).sum()) / ((n_S - 1) * (n_I - 1))
 
 
+def satterthwaite(
+    ms_seed: NDArray[np.float64],
+    ms_item: NDArray[np.float64],
+    ms_residual: NDArray[np.float64],
+    n_S: int,
+    n_I: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """MS_seed + MS_item − MS_residual and its degrees of freedom, elementwise; not for both of the first two at 0.
+
+    The sum falls below the larger of MS_seed and MS_item, and can even be negative, when a variance component is
+    estimated as negative; that larger one with its own degrees of freedom replaces it then, which sets the negative
+    component to zero.
+    """
+    df_seed, df_item = n_S - 1, n_I - 1
+    total, larger = ms_seed + ms_item - ms_residual, np.maximum(ms_seed, ms_item)
+    negative = total < larger * (1 - ROUNDING)
+    spread = ms_seed**2 / df_seed + ms_item**2 / df_item + ms_residual**2 / (df_seed * df_item)
+    own = np.where(ms_seed > ms_item, df_seed, df_item)
+    return np.where(negative, larger, total), np.where(negative, own, total**2 / spread)
+
+
 def crossed_variance(difference_SI: NDArray[np.float64]) -> tuple[float, float]:
     """Variance of the grand mean when seeds and items are both samples, and its degrees of freedom.
 
-    (MS_seed + MS_item − MS_residual) / (n_S n_I) with Satterthwaite's degrees of freedom. The sum falls below the
-    larger of MS_seed and MS_item, and can even be negative, when a variance component is estimated as negative; that
-    larger one with its own degrees of freedom replaces it then, which sets the negative component to zero.
+    (MS_seed + MS_item − MS_residual) / (n_S n_I), see ``satterthwaite``.
     """
     n_S, n_I = difference_SI.shape
-    ms_seed, ms_item, ms_residual = mean_squares(difference_SI)
-    total = ms_seed + ms_item - ms_residual
-    df_seed, df_item = n_S - 1, n_I - 1
-    if total < max(ms_seed, ms_item) * (1 - ROUNDING):
-        total, df = (ms_seed, df_seed) if ms_seed > ms_item else (ms_item, df_item)
-        return total / (n_S * n_I), float(df)
-    if total == 0:
-        return 0.0, float(df_seed)
-    spread = ms_seed**2 / df_seed + ms_item**2 / df_item + ms_residual**2 / (df_seed * df_item)
-    return total / (n_S * n_I), total**2 / spread
+    ms_seed, ms_item, ms_residual = np.array(mean_squares(difference_SI))
+    if max(ms_seed, ms_item) == 0:
+        return 0.0, float(n_S - 1)
+    total, df = satterthwaite(ms_seed, ms_item, ms_residual, n_S, n_I)
+    return float(total) / (n_S * n_I), float(df)
 
 
 def compare(difference_S: NDArray[np.float64], difference_SI: NDArray[np.float64] | None = None) -> Difference:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from entkd.config.jobs import with_choices
+from entkd.frames import read_csv
 from entkd.tables.arms import arm_table
 from entkd.tables.budget import budget_notes
 from entkd.tables.effects import effect_table
 from entkd.tables.latex import to_latex
 from entkd.tables.measured import measure, read_items, read_runs, read_scores
 from entkd.tables.wide import to_markdown, wide_tables
-from entkd.tuning import chosen_points, notes
+from entkd.tuning import chosen_points, notes, untold
 
 __all__ = ["make_tables"]
 
@@ -49,21 +48,23 @@ def make_tables(
     csv, markdown, latex, effects
         Where to write.
     tuning
-        CSV with the trials of tuned arms; read where the settings have a ``tune``.
+        CSV with the trials of tuned arms; where the settings have a ``tune`` and this is missing, a note says that what
+        was chosen is not known.
 
     Raises
     ------
     UserError
         If a column, arm, metric or item that the analysis needs is not there, or items do not average to their score.
     """
-    trials = None if tuning is None else pd.read_csv(tuning, dtype={"arm": str})
+    trials = None if tuning is None else read_csv(tuning)
     if trials is not None:
         settings = with_choices(settings, chosen_points(trials))
     measured = measure(settings, read_scores(scores), None if items is None else read_items(items))
     effect_rows = effect_table(settings, measured)
     costs = None if runs is None else read_runs(runs)
     table = arm_table(settings, measured, effect_rows, costs)
-    more = budget_notes(settings, costs) + (() if trials is None else notes(settings, trials))
+    tuned = untold(settings) if trials is None else notes(settings, trials)
+    more = budget_notes(settings, costs) + tuned
     wide = wide_tables(settings, table, effect_rows, costs, more)
     for path in (csv, markdown, latex, effects):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

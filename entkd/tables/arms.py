@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,14 @@ import pandas as pd
 from scipy import stats
 
 from entkd.names import COMPONENTS, FIDELITY, GAP_CLOSED
-from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, smallest_detectable
+from entkd.stats import Difference, claim, compare, factorial_of, fieller, holm, jointly_detectable, smallest_detectable
 from entkd.tables.effects import PRIMARY
-from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured
+from entkd.tables.measured import PSEUDO_ARMS, TEACHER, UNTRAINED, Measured, common_seeds
 
 COSTS = ["tokens", "seconds", "tflops", "peak_gib"]
 COLUMNS = [
-    "arm", "role", *COMPONENTS, "divergence", "task", "metric", "direction", "n", "mean", "sd", "delta", "low", "high",
-    "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
+    "arm", "role", *COMPONENTS, "divergence", "task", "metric", "direction", "n", "n_paired", "mean", "sd", "delta",
+    "low", "high", "p_holm", "claim", "mdd", "seed_low", "seed_high", "item_se", "gap_closed", *COSTS,
 ]  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def _against(m: Measured, arm: str, reference: str) -> dict[str, Any]:
     seeds = m.seeds(arm, reference)
     d = compare(m.by_seed(arm, seeds) - m.by_seed(reference, seeds), m.by_item(arm, reference, seeds))
     shown = {key: getattr(d, key) for key in ("low", "high", "seed_low", "seed_high", "item_se", "p")}
-    return {"delta": d.estimate, "difference": d} | shown
+    return {"n_paired": d.n_seeds, "delta": d.estimate, "difference": d} | shown
 
 
 def _has_gap(m: Measured) -> bool:
@@ -82,9 +83,9 @@ def _has_gap(m: Measured) -> bool:
     return bool(gap > 0 and gap >= m.min_gap)
 
 
-def _closed(m: Measured, arm: str) -> tuple[Any, Any]:
+def _closed(m: Measured, arm: str, seeds: Sequence[int] | None = None) -> tuple[Any, Any]:
     """Arm − untrained and teacher − untrained by seed, positive where better, on the task's scale."""
-    seeds = m.seeds(arm, TEACHER, UNTRAINED)
+    seeds = m.seeds(arm, TEACHER, UNTRAINED) if seeds is None else seeds
     untrained = m.by_seed(UNTRAINED, seeds)
     scale = m.sign / m.scale
     return scale * (m.by_seed(arm, seeds) - untrained), scale * (m.by_seed(TEACHER, seeds) - untrained)
@@ -98,12 +99,15 @@ def gap_tasks(measured: list[Measured]) -> list[Measured]:
 def _gap_over_suite(measured: list[Measured], arm: str) -> dict[str, Any]:
     row = {"metric": "ratio", "direction": "higher", "n": len(measured[0].values[arm])}
     tasks = gap_tasks(measured)
-    if tasks:
-        parts = [_closed(m, arm) for m in tasks]
-        closed, gap = (np.sum(side, axis=0) for side in zip(*parts, strict=True))
-        ratio, low, high = fieller(closed, gap)
-        row |= {"mean": ratio, "gap_closed": ratio, "low": low, "high": high, "n": closed.size}
-    return row
+    if not tasks:
+        return row
+    seeds = common_seeds(tasks, arm, TEACHER, UNTRAINED)
+    if not seeds:
+        return row | {"n": 0}
+    parts = [_closed(m, arm, seeds) for m in tasks]
+    closed, gap = (np.sum(side, axis=0) for side in zip(*parts, strict=True))
+    ratio, low, high = fieller(closed, gap)
+    return row | {"mean": ratio, "gap_closed": ratio, "low": low, "high": high, "n": closed.size}
 
 
 def _add_claims(settings: dict[str, Any], table: pd.DataFrame, effects: pd.DataFrame) -> None:
@@ -154,9 +158,8 @@ def _detectable(d: Difference, seed_variance: float, level: float, power: float)
     if d.n_seeds < 2 or not seed_variance > 0:
         return math.nan
     seeds = seed_variance / d.n_seeds
-    over_seeds = smallest_detectable(math.sqrt(seeds), d.n_seeds - 1, level, power)
-    if d.item_variance == 0:
-        return over_seeds
-    total = seeds + d.item_variance
-    df = total**2 / (seeds**2 / (d.n_seeds - 1) + d.item_variance**2 / (d.n_items - 1))
-    return max(over_seeds, smallest_detectable(math.sqrt(total), df, level, power))
+    if d.n_items == 0:
+        return smallest_detectable(math.sqrt(seeds), d.n_seeds - 1, level, power)
+    # A typical arm may vary less over seeds than this one does within them; a run's variance is never below that.
+    residual = min(d.item_se**2 - d.item_variance, seeds)
+    return jointly_detectable(seeds, d.item_variance + residual, residual, d.n_seeds, d.n_items, level, power)

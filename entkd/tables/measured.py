@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from entkd.config.errors import unknown_name
 from entkd.errors import UserError
+from entkd.frames import NAMES, read_csv
 
 TEACHER, UNTRAINED = "teacher", "untrained"
 PSEUDO_ARMS = (TEACHER, UNTRAINED)
 """Models that no arm trained. Scored once where they are the same for every seed."""
-KEYS = ["arm", "suite", "task", "metric"]
 TOLERANCE = 1e-4
 """Relative difference up to which items average to their score: published scores may be rounded."""
 
@@ -61,8 +61,7 @@ class Measured:
         UserError
             If the arms have no seed in common.
         """
-        own = [set(self.values[arm].index) for arm in arms if not self._constant(arm)]
-        common = sorted(set.intersection(*own)) if own else [0]
+        common = common_seeds([self], *arms)
         if not common:
             have = "; ".join(f"{arm}: {sorted(self.values[arm].index)}" for arm in arms)
             raise UserError(f"scores of {self.label} {self.metric}: no seed in common ({have}); score the same seeds")
@@ -71,7 +70,7 @@ class Measured:
     def by_seed(self, arm: str, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Scores of an arm, (S,); those of a pseudo-arm scored once are repeated."""
         values = self.values[arm]
-        if self._constant(arm):
+        if self.constant(arm):
             return np.full(len(seeds), float(values.iloc[0]), np.float64)
         return np.asarray(values.loc[list(seeds)], dtype=np.float64)
 
@@ -99,15 +98,16 @@ class Measured:
         ours, theirs = (self._items_of(name, seeds) for name in (arm, other))
         difference_SI: NDArray[np.float64] = ours.to_numpy(dtype=float) - theirs[ours.columns].to_numpy(dtype=float)
         above_I = self.weights[ours.columns].to_numpy(dtype=float) - 1
-        difference_SI -= difference_SI.mean(1, keepdims=True) * above_I
-        return difference_SI
+        linear_SI: NDArray[np.float64] = difference_SI - difference_SI.mean(1, keepdims=True) * above_I
+        return linear_SI
 
-    def _constant(self, arm: str) -> bool:
+    def constant(self, arm: str) -> bool:
+        """Whether this is a pseudo-arm that was scored once, the same for every seed."""
         return arm in PSEUDO_ARMS and len(self.values[arm]) == 1
 
     def _items_of(self, arm: str, seeds: Sequence[int]) -> pd.DataFrame:
         items = self.items[arm]
-        wanted = [items.index[0]] * len(seeds) if self._constant(arm) else list(seeds)
+        wanted = [items.index[0]] * len(seeds) if self.constant(arm) else list(seeds)
         missing = sorted(set(wanted) - set(items.index))
         if missing or items.loc[wanted].isna().to_numpy().any():
             where = f"seed {missing[0]}" if missing else "some items of a seed"
@@ -120,6 +120,12 @@ class Measured:
                 "or leave out --items"
             )
         return items.loc[wanted]
+
+
+def common_seeds(tasks: Sequence[Measured], *arms: str) -> list[int]:
+    """Seeds that all the arms have on all the tasks, which may be none; [0] of arms that were scored once."""
+    own = [set(m.values[arm].index) for m in tasks for arm in arms if not m.constant(arm)]
+    return sorted(set.intersection(*own)) if own else [0]
 
 
 def measure(settings: dict[str, Any], scores: pd.DataFrame, items: pd.DataFrame | None) -> list[Measured]:
@@ -168,9 +174,7 @@ def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.S
         bad = rows[~np.isfinite(number)]
         if len(bad):
             value, seed = bad.iloc[0][["value", "seed"]]
-            raise UserError(
-                f"{where}: value `{value}` of arm `{arm}`, seed {seed}, is no finite number; score it again"
-            )
+            raise UserError(f"{where}: value `{value}` of {_who(str(arm), seed)}")
         by_seed = pd.Series(number.to_numpy(dtype=float), index=rows["seed"].astype(int)).sort_index()
         if by_seed.index.has_duplicates:
             twice = by_seed.index[by_seed.index.duplicated()][0]
@@ -182,6 +186,17 @@ def _values(scores: pd.DataFrame, arms: list[str], where: str) -> dict[str, pd.S
                 f"{where}: none of arm `{arm}` (there are {', '.join(values)}); score it, or remove it from the arms"
             )
     return values
+
+
+def _who(arm: str, seed: int) -> str:
+    """Whose score is no number, and what can be done: to score a student that diverged again gives the same."""
+    said = f"arm `{arm}`, seed {seed}, is no finite number"
+    if arm in PSEUDO_ARMS:
+        return f"{said}; no arm trained that model, so leave the task out, or score it again where the file was damaged"
+    return (
+        f"{said}: that student diverged. Lower training.lr or set training.clip, and train again; or take arm `{arm}` "
+        f"out of the arms, or {seed} out of the seeds"
+    )
 
 
 def _matrices(items: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -203,17 +218,17 @@ def _weights(items: pd.DataFrame, where: str) -> pd.Series[float]:
 
 def read_scores(path: Path) -> pd.DataFrame:
     """``scores.csv``."""
-    return _columns(path, pd.read_csv(path, dtype=dict.fromkeys(KEYS, str)), [*KEYS, "seed", "value"])
+    return _columns(path, read_csv(path), [*NAMES, "seed", "value"])
 
 
 def read_items(path: Path) -> pd.DataFrame:
     """``items.parquet``."""
-    return _columns(path, pd.read_parquet(path), [*KEYS, "seed", "item", "value"])
+    return _columns(path, pd.read_parquet(path), [*NAMES, "seed", "item", "value"])
 
 
 def read_runs(path: Path) -> pd.DataFrame:
     """``runs.csv``."""
-    return _columns(path, pd.read_csv(path, dtype={"arm": str}), ["arm", "positions", "seconds", "tflops", "peak_gib"])
+    return _columns(path, read_csv(path), ["arm", "positions", "seconds", "tflops", "peak_gib"])
 
 
 def _columns(path: Path, frame: pd.DataFrame, needed: list[str]) -> pd.DataFrame:

@@ -96,7 +96,8 @@ def test_without_strength_it_is_plain_distillation() -> None:
 NEXT = """Both run as they are. What is left, and what the tests ask for:
 1. the formula in the first file, numbers by hand in the second;
 2. its loss, written in another way, in tests/references/methods.py, and a line in tests/methods/cases.py;
-3. its row in docs/method.md, and `entkd config-docs --output config`.
+3. its row in docs/method.md, and `entkd config-docs --output config`;
+4. its arm in config/experiments/baselines.yaml, and `make evidence`.
 CONTRIBUTING.md shows the whole diff of a method that is there."""
 
 

@@ -29,8 +29,8 @@ def test_the_skeleton_passes_its_own_test_and_lacks_a_reference(tmp_path: Path) 
     written = ("entkd/methods/my_method.py", "tests/methods/test_my_method.py")
     first, second, *what_is_left = python("entkd.cli", "new", "method", "my_method").splitlines()
     assert [first, second] == [str(tmp_path / path) for path in written]
-    named = re.findall(r"[\w/]+\.(?:py|md)", "\n".join(what_is_left))
-    assert len(named) == 4
+    named = re.findall(r"[\w/]+\.(?:py|md|yaml)", "\n".join(what_is_left))
+    assert len(named) == 5
     assert all((ROOT / path).is_file() for path in named)
     reference = "tests/methods/test_formulas.py::test_every_approach_has_a_reference"
     suite = python("pytest", "-q", "-p", "no:cacheprovider", written[1], reference)

@@ -74,12 +74,13 @@ def test_a_claim_off_the_scale_is_filled_as_in_the_legend(name: str, claim: str,
     assert ax.bbox.x0 < drawn.x0 < drawn.x1 < box.x0 < box.x1 < ax.bbox.x1  # better is to the right, 5 more to the left
 
 
-def far_dots(values: list[float]) -> tuple[Axes, list[str]]:
+def far_dots(values: list[float], untrained: float = 3.0) -> tuple[Axes, list[str]]:
     """The first panel of dots where the last of twelve arms has these values, and the numbers at its edges."""
     parts = study_of(12, 3, 5)
     scores = parts["scores"].copy()
     last = (scores["task"] == TASK) & (scores["arm"] == parts["settings"]["arms"][-1]["name"])
     scores.loc[last, "value"] = values
+    scores.loc[(scores["task"] == TASK) & (scores["arm"] == "untrained"), "value"] = untrained
     figure = draw(parts | {"scores": scores}, "tasks")
     figure.draw_without_rendering()
     ax = panel(figure, "some task 0")
@@ -104,6 +105,15 @@ def test_a_diverged_seed_takes_its_mean_to_the_edge_and_leaves_the_other_seeds_i
     number = next(text for text in ax.texts if text.get_text())
     left = ax.transData.transform((0.99, 11))[0]
     assert number.get_window_extent().x1 < left
+
+
+def test_a_far_arm_within_the_lines_of_teacher_and_untrained_student_is_where_it_is() -> None:
+    """An untrained student at 1.17 widens the axis, on which 1.15 then has its place."""
+    ax, numbers = far_dots([1.14, 1.15, 1.16], untrained=1.17)
+    assert numbers == []
+    assert max(ax.get_xlim()) > 1.17
+    means = [line for line in ax.lines if list(line.get_ydata()) == [11]]
+    assert [line.get_xdata()[0] for line in means] == [pytest.approx(1.15)]
 
 
 def test_a_far_seed_whose_mean_is_near_is_told() -> None:

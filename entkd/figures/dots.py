@@ -51,6 +51,11 @@ def draw_tasks(study: Study) -> Figure:
 
 def _draw_panel(ax: Axes, task: Task, values: pd.DataFrame, study: Study) -> None:
     low, high = bulk_range(values.loc[values["arm"].isin([arm.name for arm in study.arms]), "value"])
+    ends, texts = _ends(values, low, high)
+    for level, dash in ends:
+        ax.axvline(level, color=BLACK, linewidth=0.9, linestyle=dash, zorder=1)
+    # An arm between the lines is where it is, however far from the other arms.
+    low, high = min([low, *(level for level, _ in ends)]), max([high, *(level for level, _ in ends)])
     far = []
     for y, arm in enumerate(study.arms):
         if y and study.arms[y - 1].role != arm.role:
@@ -65,7 +70,6 @@ def _draw_panel(ax: Axes, task: Task, values: pd.DataFrame, study: Study) -> Non
             ax.plot(mean, y, arm.marker, color=arm.colour, **MEAN)
         far += [_Far(y, value, is_mean, near, arm) for value, is_mean in _outermost(seeds, mean, low, high)]
     ax.margins(x=0.12)
-    texts = _draw_ends(ax, values)
     _draw_far(ax, far, (low + high) / 2)
     ax.set_title(task.title)
     arrow = "better →" if task.direction == "higher" else "← better"
@@ -109,17 +113,16 @@ def _draw_far(ax: Axes, far: Sequence[_Far], middle: float) -> None:
         draw_at_edge(ax, edge, inward, one.y, short(one.value), marker, color=one.arm.colour, **style)
 
 
-def _draw_ends(ax: Axes, values: pd.DataFrame) -> list[str]:
-    """Teacher and untrained student as lines; texts for those that lie too far outside the arms to be drawn."""
-    low, high = ax.get_xlim()
-    reach = 1.5 * (high - low)
-    far = []
+def _ends(values: pd.DataFrame, low: float, high: float) -> tuple[list[tuple[float, str]], list[str]]:
+    """Teacher and untrained student as level and dash of a line; texts for those too far outside the arms for one."""
+    reach = 2 * (high - low)
+    ends, far = [], []
     for name, dash in (("teacher", "-"), ("untrained", ":")):
         level = values.loc[values["arm"] == name, "value"].mean()
         if pd.isna(level):
             continue
         if low - reach <= level <= high + reach:
-            ax.axvline(float(level), color=BLACK, linewidth=0.9, linestyle=dash, zorder=1)
+            ends.append((float(level), dash))
         else:
             far.append(f"({name}: {level:.3g})")
-    return far
+    return ends, far

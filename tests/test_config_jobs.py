@@ -75,6 +75,15 @@ def test_settings_off_their_defaults_are_in_the_words(demo: Experiment) -> None:
     assert words["features"] == "mse θ=0.8 weight=1.5"
 
 
+def test_a_block_within_says_what_is_off_its_defaults_alone() -> None:
+    """And not all of it, as Python would print it."""
+    adakd = {"divergence": "reverse_kl", "approach": {"name": "adakd", "tempering": {"c": 1.0}}}
+    arms = {"x": adakd, "y": {"divergence": "reverse_kl", "approach": "adakd"}}
+    changed = load_experiment(ROOT / "config/config.yaml", {"arms": arms})
+    words = {arm["name"]: arm["divergence"] for arm in jobs.analysis_settings(changed)["arms"]}
+    assert (words["x"], words["y"]) == ("reverse_kl + adakd tempering.c=1.0", "reverse_kl + adakd")
+
+
 def test_primary_family_needs_the_whole_factorial(demo: Experiment) -> None:
     assert jobs.analysis_settings(demo)["primary"] == ["curriculum", "temperature", "features", "full-kd"]
     other = load_experiment(ROOT / "config/config.yaml", {"analysis": {"reference": "sft"}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -11,21 +10,14 @@ from fake_results import fake_results
 from test_tables import settings_of, tables
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    fake_results(folder, n_items=6)
-    return folder
-
-
 @pytest.fixture
-def rewritten(small: Path, tmp_path: Path) -> tuple[Path, pd.DataFrame]:
-    shutil.copytree(small, tmp_path, dirs_exist_ok=True)
-    return tmp_path, pd.read_csv(tmp_path / "scores.csv")
+def folder(tmp_path: Path) -> Path:
+    """Results, to change and write again."""
+    fake_results(tmp_path, n_items=6)
+    return tmp_path
 
 
-def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(rewritten: tuple[Path, pd.DataFrame]) -> None:
-    folder, _ = rewritten
+def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(folder: Path) -> None:
     runs = pd.read_csv(folder / "runs.csv")
     runs.loc[runs["arm"] == "sft", "teacher_tokens"] = 0
     runs.to_csv(folder / "runs.csv", index=False)
@@ -38,8 +30,7 @@ def test_the_table_says_what_the_teacher_read_and_for_how_many_runs(rewritten: t
     assert (folder / "out/ablation_table.md").read_text().count("The teacher read") == 1  # not for runs without it
 
 
-def test_the_table_says_in_which_arms_the_teacher_ran_again(rewritten: tuple[Path, pd.DataFrame]) -> None:
-    folder, _ = rewritten
+def test_the_table_says_in_which_arms_the_teacher_ran_again(folder: Path) -> None:
     runs = pd.read_csv(folder / "runs.csv").assign(teacher_tokens_online=0, generated_tokens=0)
     mine = runs["arm"] == "sft"
     runs.loc[mine, "teacher_tokens_online"] = [30_000 + 3_000 * n for n in range(mine.sum())]
@@ -61,9 +52,8 @@ def test_the_table_says_in_which_arms_the_teacher_ran_again(rewritten: tuple[Pat
     assert f"wrote {20_000 + middle:,}; 24 of its 48 steps were on such text, 1 of these out of its buffer." in shown
 
 
-def test_passes_of_one_length_are_told_apart_by_their_signals(rewritten: tuple[Path, pd.DataFrame]) -> None:
+def test_passes_of_one_length_are_told_apart_by_their_signals(folder: Path) -> None:
     """A teacher's assistant has read the same tokens, and is another one."""
-    folder, _ = rewritten
     runs = pd.read_csv(folder / "runs.csv")
     assistant = runs["arm"].isin(["sft", "seqkd"])
     runs["signals"] = assistant.map({True: "b" * 12, False: "a" * 12})
